@@ -1,0 +1,49 @@
+"""Vision-language models: load_vlm, save_vlm, generate are all that other code needs.
+
+    vlm = load_vlm("Qwen/Qwen3-VL-2B-Instruct", device="cuda", dtype=torch.bfloat16)
+    [[answer]] = generate(vlm, [chat], max_new_tokens=64, temperature=0)
+    save_vlm(vlm, "copy")
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import copy_settings, load_weights, read_settings, resolve_folder, save_weights, whole_folder
+from .qwen3_vl import Qwen3VL
+from .sampler import Completion, generate
+from .vlm import VLM
+
+__all__ = ["Completion", "VLM", "generate", "load_vlm", "save_vlm"]
+
+FAMILIES: dict[str, type[VLM]] = {"qwen3_vl": Qwen3VL}
+
+
+def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
+             dtype: torch.dtype | None = torch.float32) -> VLM:
+    """Open a model in the published layout: a folder, or a hub id that is downloaded first.
+
+    `dtype` is that of the weights in memory; None keeps the files'. Strict: an unknown model_type, a missing, extra or
+    misshapen tensor, a truncated file are a ValueError that names the culprit.
+    """
+    folder = resolve_folder(path_or_hub_id)
+    config = read_settings(folder, "config.json")
+    if config["model_type"] not in FAMILIES:
+        raise ValueError(f"{folder}/config.json: model_type {config['model_type']!r} is not one of {sorted(FAMILIES)}")
+    family = FAMILIES[config["model_type"]]
+    with torch.device("meta"):
+        vlm = family(config)
+    vlm.disk_names = load_weights(vlm, folder, family.RENAME, device, dtype)
+    vlm.folder = folder
+    vlm.processor = family.make_processor(folder, config)
+    stop = read_settings(folder, "generation_config.json")["eos_token_id"]
+    vlm.stop_ids = frozenset([stop] if isinstance(stop, int) else stop)
+    return vlm.eval()
+
+
+def save_vlm(vlm: VLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `vlm` in the layout it was loaded from, whole or not at all; `dtype` None keeps the weights' own."""
+    with whole_folder(Path(directory)) as folder:
+        copy_settings(vlm.folder, folder)
+        save_weights({vlm.disk_names[name]: p for name, p in vlm.named_parameters()}, folder, dtype)

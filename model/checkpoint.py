@@ -1,0 +1,213 @@
+"""Safetensors in and out, strictly; folders that appear whole or not at all.
+
+A model folder is what the hub publishes: config.json, model.safetensors (or shards with model.safetensors.index.json),
+tokenizer.json, preprocessor_config.json, generation_config.json.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+COPIED = ("*.json", "*.jinja", "merges.txt", "LICENSE*")            # what a model folder holds beside its weights
+
+
+class Settings(dict):
+    """A JSON object whose missing fields are a ValueError that names them: no default stands in for a published value."""
+
+    source = ""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.source} lacks the field {key!r}")
+
+
+def read_settings(folder: Path, name: str) -> Settings:
+    """A JSON file of a model folder, nested objects included."""
+    path = Path(folder) / name
+
+    def wrap(value: dict) -> Settings:
+        settings = Settings(value)
+        settings.source = str(path)
+        return settings
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=wrap)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no {name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def rope_settings(text_config: Settings) -> tuple[float, Settings]:
+    """(theta, scaling) of a text config: `rope_parameters` as transformers 5 writes it, or the older two fields."""
+    if "rope_parameters" in text_config:
+        rope = text_config["rope_parameters"]
+        return rope["rope_theta"], rope
+    return text_config["rope_theta"], text_config["rope_scaling"]
+
+
+def resolve_folder(path_or_hub_id: str | Path) -> Path:
+    """A local folder as it is; otherwise a hub id, downloaded (weights as safetensors only)."""
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) or path.exists():
+        raise ValueError(f"{path_or_hub_id} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[*COPIED, "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path_or_hub_id} is not a local folder and cannot be downloaded: {reason}") from None
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor, from the files' own headers; the index is checked against them."""
+    index_path, single = folder / INDEX, folder / "model.safetensors"
+    if index_path.is_file():
+        index = read_settings(folder, INDEX)["weight_map"]
+        files = [folder / name for name in sorted(set(index.values()))]
+    elif single.is_file():
+        index, files = None, [single]
+    elif list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
+        raise ValueError(f"{folder} holds pickled weights only; convert them to safetensors, pickles are not opened")
+    else:
+        raise ValueError(f"{folder} holds neither model.safetensors nor {INDEX}")
+    found: dict[str, Path] = {}
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{index_path} names {path.name}, which is absent")
+        with open_tensors(path) as tensors:
+            found.update((name, path) for name in tensors.keys())
+    if index is not None and (lost := sorted(set(index) - set(found))):
+        raise ValueError(f"{index_path} names {lost[0]}, which no shard holds ({len(lost)} such tensors)")
+    return found
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened without reading it; a truncated or foreign file is a ValueError that names it."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def load_weights(model: nn.Module, folder: Path, rename: tuple[tuple[str, str], ...], device: torch.device | str,
+                 dtype: torch.dtype | None) -> dict[str, str]:
+    """Fill `model`, built on the meta device, from `folder`; one tensor at a time, onto `device` in `dtype`.
+
+    `rename` maps names on disk to parameter names (re.sub, in order). `dtype` None keeps the files' own. The sets of
+    names must be equal and every shape must match, else ValueError. Returns parameter name -> name on disk.
+    """
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    files, names = tensor_files(folder), {}
+    for disk_name in files:
+        if disk_name.endswith("rotary_emb.inv_freq"):               # computed from config.json, never read
+            continue
+        name = disk_name
+        for pattern, replacement in rename:
+            name = re.sub(pattern, replacement, name)
+        if name not in expected:
+            raise ValueError(f"{files[disk_name]} holds {disk_name}, which the model does not have")
+        names[name] = disk_name
+    if missing := sorted(set(expected) - set(names)):
+        raise ValueError(f"{folder} lacks {missing[0]} ({len(missing)} tensors are missing)")
+    for path in sorted(set(files.values())):
+        with open_tensors(path) as tensors:
+            for name, disk_name in names.items():
+                if files[disk_name] == path:
+                    _assign(model, name, tensors.get_tensor(disk_name), expected[name], path, device, dtype)
+    return names
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, path: Path, device: torch.device | str,
+            dtype: torch.dtype | None) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(shape)}")
+    module_name, _, attribute = name.rpartition(".")
+    parameter = nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype), requires_grad=True)
+    setattr(model.get_submodule(module_name), attribute, parameter)
+
+
+def save_weights(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:
+    """Write `tensors` in shards of at most 5 GB, with an index when there are several."""
+    shards: list[dict[str, Tensor]] = [{}]
+    sizes = [0]
+    for name, tensor in tensors.items():
+        size = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if shards[-1] and sizes[-1] + size > SHARD_BYTES:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = tensor
+        sizes[-1] += size
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        held = {k: t.detach().to(device="cpu", dtype=dtype or t.dtype).contiguous() for k, t in shard.items()}
+        save_file(held, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)},
+                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Copy config, tokenizer, preprocessor and generation files; the index of the weights is not among them."""
+    for path in sorted(p for pattern in COPIED for p in source.glob(pattern)):
+        if path.name != INDEX:
+            shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the name `target` only once everything in it is written and synced.
+
+    An existing `target` is replaced at that moment; whatever interrupts the writing leaves it untouched.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield aside
+        for path in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
+            _sync(path)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, old / target.name)
+            os.replace(aside, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, target)
+        _sync(target.parent)
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside and rename it, so that a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)

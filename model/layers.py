@@ -1,0 +1,176 @@
+"""Layers that the model families share: norms, rotary positions, attention, the key-value cache, SwiGLU, decoder layers.
+
+Letters: B rows, T tokens of a row, H hidden size, nh query heads, nk key-value heads, g = nh / nk, hd head width;
+while sampling, P prompt tokens, n samples a prompt, R = B n rows, t tokens sampled so far.
+
+Weights may be held in another dtype than the one computed in (fp32 weights, bf16 activations): every layer casts its
+weights to the dtype of its input.
+"""
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """w * x / sqrt(mean(x^2) + eps): normalised in fp32, cast back, and only then multiplied by the weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * unit.to(x.dtype)
+
+
+def rope_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2 j / width) for j = 0 .. width / 2 - 1, always fp32: (width / 2,)."""
+    return theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of the last axis against each other; cos and sin hold half of it and broadcast."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(hd) + mask) v; key-value head j serves query heads j g .. (j + 1) g - 1.
+
+    q: (B, nh, T, hd); k, v: (B, nk, S, hd); mask: (B, 1, T, S) bool, True where attention is allowed.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Full attention inside each segment of a packed sequence, none across; neighbours of one length share a call.
+
+    q, k, v: (sum of lengths, nh, hd) -> (sum of lengths, nh * hd).
+    """
+    outs, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        stop = start + count * length
+        parts = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))  # (count, nh, L, hd)
+        outs.append(attend(*parts).transpose(1, 2).flatten(2).flatten(0, 1))                      # (count L, nh hd)
+        start = stop
+    return torch.cat(outs)
+
+
+class LayerCache:
+    """One layer's keys and values while sampling: B prompts, held once, and what their R = B n samples added."""
+
+    def __init__(self, prompt_mask: Tensor):
+        self.prompt_mask = prompt_mask.bool()                                   # (B, P), False on padding
+        self.prompt: tuple[Tensor, Tensor] | None = None                        # k, v: (B, nk, P, hd)
+        self.sampled: tuple[Tensor, Tensor] | None = None                       # k, v: (R, nk, room >= t, hd)
+        self.length = 0                                                         # t
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one token's k and v, (R, nk, 1, hd) each; returns all sampled so far, (R, nk, t, hd) each."""
+        if self.sampled is None:
+            self.sampled = k, v
+        elif self.length == self.sampled[0].shape[2]:                           # full: double the room
+            self.sampled = tuple(torch.cat((old, torch.empty_like(old)), 2) for old in self.sampled)
+        for held, new in zip(self.sampled, (k, v)):
+            held[:, :, self.length] = new[:, :, 0]
+        self.length += 1
+        return tuple(held[:, :, :self.length] for held in self.sampled)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one new token a row to its prompt (read by all n samples of it) and to its own tokens.
+
+        q: (R, nh, 1, hd); k, v: (R, nk, 1, hd) -> (R, nh, 1, hd).
+        """
+        (prompt_k, prompt_v), (own_k, own_v) = self.prompt, self.append(k, v)
+        (R, nh, _, hd), (B, nk, P, _) = q.shape, prompt_k.shape
+        n, g = R // B, nh // nk
+
+        def by_prompt(x: Tensor) -> Tensor:                                     # (R, nk, g, *) -> (B, nk, n g, *)
+            return x.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)
+
+        def by_row(x: Tensor) -> Tensor:                                        # (B, nk, n g, *) -> (R, nk, g, *)
+            return x.unflatten(2, (n, g)).transpose(1, 2).flatten(0, 1)
+        q = q.reshape(R, nk, g, hd) * hd ** -0.5
+        to_prompt = (by_prompt(q) @ prompt_k.mT).masked_fill(~self.prompt_mask[:, None, None], -torch.inf)
+        scores = torch.cat((by_row(to_prompt), q @ own_k.mT), -1)               # (R, nk, g, P + t)
+        weights = scores.float().softmax(-1).to(q.dtype)
+        y = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v
+        return y.reshape(R, nh, 1, hd)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions; `qk_norm_eps` puts an RMSNorm over hd on q and k."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, bias: bool = False,
+                 qk_norm_eps: float | None = None):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = Linear(hidden, heads * head_dim, bias=bias)
+        self.k_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(heads * head_dim, hidden, bias=False)
+        normed = qk_norm_eps is not None
+        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if normed else nn.Identity()
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, heads, T, hd)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+        if cache is not None and cache.prompt is not None:
+            y = cache.attend(q, k, v)
+        else:
+            if cache is not None:
+                cache.prompt = k, v
+            y = attend(q, k, v, mask, causal=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, T, H)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, intermediate: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate, bias=bias)
+        self.up_proj = Linear(hidden, intermediate, bias=bias)
+        self.down_proj = Linear(intermediate, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, attention: SelfAttention, hidden: int, intermediate: int, eps: float):
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = SwiGLU(hidden, intermediate)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))

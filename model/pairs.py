@@ -1,0 +1,73 @@
+"""Preference pairs as packed rows: [prompt | chosen | rejected], the prompt computed once for both.
+
+Both completions attend to the prompt and to themselves only. The first token of BOTH is predicted by the prompt's last
+position (a plain shift by one would predict the rejected side's first token from chosen's last), and the positions of
+both start at the prompt's largest position + 1.
+
+Letters: B pairs, T tokens of a row, C tokens of the longest completion.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .processor import Batch, Chat, Picture, QwenProcessor, Row, collate
+
+PROMPT, CHOSEN, REJECTED, PADDING = range(4)
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """B pairs. Sides are stacked: entries 0 .. B-1 are the chosen ones, B .. 2B-1 the rejected."""
+    batch: Batch
+    targets: Tensor             # (2B, C) completion tokens, 0 on padding
+    sources: Tensor             # (2B, C) the column of the row whose hidden state predicts each of them
+    mask: Tensor                # (2B, C) bool, False on padding
+
+    def predictors(self, hidden: Tensor) -> Tensor:
+        """hidden: (B, T, H) of `batch` -> (2B, C, H), the state that predicts each target."""
+        rows = torch.arange(len(hidden), device=hidden.device).repeat(2)[:, None]
+        return hidden[rows, self.sources]
+
+    def to(self, device: torch.device | str) -> PairRows:
+        return PairRows(self.batch.to(device), self.targets.to(device), self.sources.to(device), self.mask.to(device))
+
+
+def pack_pairs(processor: QwenProcessor, pairs: Sequence[tuple[Chat, Sequence[int], Sequence[int]]]) -> PairRows:
+    """Pack (chat, chosen token ids, rejected token ids) triples. An empty completion is a ValueError."""
+    pictures: dict[str, Picture] = {}
+    prompts = processor.rows([chat for chat, _, _ in pairs], pictures)
+    rows, segments = [], []
+    for prompt, (_, chosen, rejected) in zip(prompts, pairs):
+        if not chosen or not rejected:
+            raise ValueError("a completion without tokens cannot be paired")
+        start = prompt.positions.max() + 1
+        own = np.concatenate([start + np.arange(len(side)) for side in (chosen, rejected)])
+        rows.append(Row([*prompt.ids, *chosen, *rejected],
+                        np.concatenate((prompt.positions, np.broadcast_to(own, (3, len(own)))), 1), prompt.picture_keys))
+        segments.append([PROMPT] * len(prompt.ids) + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
+    batch = collate(rows, pictures, processor.pad_id)
+    batch = replace(batch, mask=tree_mask(segments, batch.input_ids.shape[1]))
+    sides = [side for which in (1, 2) for side in ((len(row.ids), pair, which) for row, pair in zip(prompts, pairs))]
+    width = max(len(pair[which]) for _, pair, which in sides)
+    targets, sources, mask = (torch.zeros(len(sides), width, dtype=t) for t in (torch.long, torch.long, torch.bool))
+    for s, (prompt_length, pair, which) in enumerate(sides):
+        completion, first = pair[which], prompt_length + (len(pair[1]) if which == 2 else 0)
+        targets[s, :len(completion)] = torch.tensor(completion)
+        sources[s, :len(completion)] = torch.tensor([prompt_length - 1, *range(first, first + len(completion) - 1)])
+        mask[s, :len(completion)] = True
+    return PairRows(batch, targets, sources, mask)
+
+
+def tree_mask(segments: list[list[int]], length: int) -> Tensor:
+    """(B, 1, T, T) bool: causal, and only to the prompt or to one's own completion."""
+    kind = torch.full((len(segments), length), PADDING)
+    for b, row in enumerate(segments):
+        kind[b, :len(row)] = torch.tensor(row)
+    query, key = kind[:, :, None], kind[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return (causal & ((key == PROMPT) | (key == query)))[:, None]

@@ -1,0 +1,108 @@
+"""Preference pairs and the margin-gated replay buffer.
+
+    pair      chosen = argmax score, rejected = argmin score among the K candidates of an item
+    margin    m = s_top - s_bottom
+    gate      a pair enters the buffer iff m >= tau (`min_margin`); oldest out first when it is full
+    step      a batch is a share 1 - rho of fresh pairs and a share rho (`ratio`) drawn from the buffer
+
+"When Good Verifiers Go Bad" (arXiv 2606.14629) says that only high-margin pairs enter the replay buffer; threshold,
+capacity, ratio and eviction are not published: they are ours. No function here reads a label.
+
+Standard library only.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+REFUSALS = ("unparsed", "tie", "same_text")     # why an item yields no pair, in the order of the checks
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair. Token ids are those that were sampled, the stop token included where one was.
+
+    `reference_*_logp` are the reference's summed log-probabilities (nats), None until they are computed;
+    `reference_key` names what they were computed from.
+    """
+    item_id: str
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    chosen_score: float
+    rejected_score: float
+    chosen_text: str = ""
+    rejected_text: str = ""
+    reference_chosen_logp: float | None = None
+    reference_rejected_logp: float | None = None
+    reference_key: str = ""
+
+    @property
+    def margin(self) -> float:
+        return self.chosen_score - self.rejected_score
+
+
+def select_pair(item_id: str, texts: Sequence[str], scores: Sequence[float | None]) -> tuple[int, int] | str:
+    """Indices (top, bottom) of the best- and worst-scored candidate, or the reason (of REFUSALS) for none.
+
+    `scores` are in [0, 1]; None (unparsed) is never paired. Several tops or bottoms are told apart by a stable hash
+    of item, text and occurrence, so neither order nor machine decides.
+    """
+    texts = [t.strip() for t in texts]
+    scored = [k for k, s in enumerate(scores) if s is not None]
+    if len(scored) < 2:
+        return "unparsed"
+    high, low = max(scores[k] for k in scored), min(scores[k] for k in scored)
+    if high == low:
+        return "tie"
+
+    def draw(k: int) -> bytes:
+        occurrence = texts[:k].count(texts[k])
+        return hashlib.sha256(repr((item_id, texts[k], occurrence)).encode()).digest()
+    top = min((k for k in scored if scores[k] == high), key=draw)
+    bottom = min((k for k in scored if scores[k] == low), key=draw)
+    return "same_text" if texts[top] == texts[bottom] else (top, bottom)
+
+
+class ReplayBuffer:
+    """First in, first out, at most `capacity` pairs, each with a margin of at least `min_margin`."""
+
+    def __init__(self, capacity: int, min_margin: float):
+        if capacity < 1:
+            raise ValueError(f"replay capacity must be at least 1, not {capacity}")
+        if not 0.0 <= min_margin <= 1.0:
+            raise ValueError(f"min_margin must lie in [0, 1], not {min_margin}")
+        self.min_margin = min_margin
+        self.pairs: deque[Pair] = deque(maxlen=capacity)
+
+    def add(self, pairs: Iterable[Pair]) -> int:
+        """Admit the pairs whose margin reaches the gate; returns how many were."""
+        admitted = [p for p in pairs if p.margin >= self.min_margin]
+        self.pairs.extend(admitted)
+        return len(admitted)
+
+    def batches(self, fresh: Sequence[Pair], batch_size: int, ratio: float, epochs: int, max_steps: int,
+                seed: int) -> list[list[Pair]]:
+        """The round's steps: `epochs` passes over the fresh pairs, each batch filled up from the buffer.
+
+        round(ratio * batch_size) places of a batch are drawn from the buffer, without repetition inside the batch;
+        the rest are fresh, shuffled anew in every epoch. At most `max_steps` batches. Depends on nothing but the
+        arguments and the buffer's content, so a resumed run draws the same.
+        """
+        if not 0.0 <= ratio < 1.0:
+            raise ValueError(f"the replay ratio must lie in [0, 1), not {ratio}")
+        rng, old = random.Random(seed), list(self.pairs)
+        replayed = min(round(ratio * batch_size), batch_size - 1) if old else 0
+        size = batch_size - replayed
+        order = [p for _ in range(epochs) for p in rng.sample(list(fresh), len(fresh))]
+        steps = min(math.ceil(len(order) / size), max_steps)
+        return [order[i * size:(i + 1) * size] + rng.sample(old, min(replayed, len(old))) for i in range(steps)]
+
+
+def refusals(outcomes: Iterable[tuple[int, int] | str]) -> dict[str, int]:
+    """How many items gave no pair, by reason; every reason is present."""
+    counts = Counter(o for o in outcomes if isinstance(o, str))
+    return {reason: counts[reason] for reason in REFUSALS}
