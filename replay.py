@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -101,8 +101,3 @@ class ReplayBuffer:
         steps = min(math.ceil(len(order) / size), max_steps)
         return [order[i * size:(i + 1) * size] + rng.sample(old, min(replayed, len(old))) for i in range(steps)]
 
-
-def refusals(outcomes: Iterable[tuple[int, int] | str]) -> dict[str, int]:
-    """How many items gave no pair, by reason; every reason is present."""
-    counts = Counter(o for o in outcomes if isinstance(o, str))
-    return {reason: counts[reason] for reason in REFUSALS}

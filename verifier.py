@@ -54,10 +54,16 @@ def score_candidates(answer: Callable[[list[list[dict]]], Sequence], chats: list
     return [[scores[i, text] for text in texts] for i, texts in enumerate(candidates)]
 
 
+# \text{x} and its kin; *x* and _x_ around words, but not products (2*3), bullets (* x), names (a_b) or rules (___)
+_LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|bb|sf)|boldsymbol)\s?\{([^{}]*)\}")
+_STARS = re.compile(r"\*(?<![\w*]\*)(?=[^\s*])([^*\n]{1,200})(?<=\S)\*(?![\w*])")
+_RULES = re.compile(r"_(?<!\w_)_?(?=[^\s_])([^_\n]{1,200})(?<=\S)__?(?!\w)")
+
+
 def final_text(text: str) -> str:
     """What a response finally says: after the last `</think>`, inside the last `<answer>`; emphasis is dropped.
 
-    A `<think>` that never closes leaves nothing: reasoning is not an answer.
+    A `<think>` that never closes leaves nothing: reasoning is not an answer. Time is linear in the text's length.
     """
     head, closed, tail = text.rpartition("</think>")
     text = tail if closed else text
@@ -66,8 +72,13 @@ def final_text(text: str) -> str:
     start = text.rfind("<answer>")
     if start >= 0:
         text = text[start + len("<answer>"):].partition("</answer>")[0]
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    return text.replace("**", "").replace("`", "").strip()
+    return drop_emphasis(text)
+
+
+def drop_emphasis(text: str) -> str:
+    """A text without Markdown's bold, italics and code marks and without LaTeX's font commands; trimmed."""
+    text = _LATEX.sub(r"\1", text).replace("**", "").replace("`", "")
+    return _RULES.sub(r"\1", _STARS.sub(r"\1", text)).strip()
 
 
 def parse_score(text: str) -> float | None:
@@ -82,36 +93,65 @@ def parse_score(text: str) -> float | None:
     return float(score) if 0.0 <= score <= 1.0 else None            # NaN compares false
 
 
+_OBJECT = re.compile(r'\{\s*"')                                      # where a JSON object with a key may begin
+_LONGEST = 10_000                                                    # characters of a verdict, its reasons included
+
+
 def _last_object(text: str, key: str) -> tuple[dict, str]:
     """The last of the outermost JSON objects in `text` that hold `key` ({} if none does), and the text after it."""
-    decoder, found, rest, at = json.JSONDecoder(), {}, text, text.find("{")
-    while at >= 0:
-        end = at + 1
+    decoder, found, rest, match = json.JSONDecoder(), {}, text, _OBJECT.search(text)
+    while match:
+        start, end = match.start(), match.end()
         try:
-            value, stop = decoder.raw_decode(text, at)
+            value, length = decoder.raw_decode(text[start:start + _LONGEST])
             if key in value:
-                found, rest, end = value, text[stop:], stop
-        except (json.JSONDecodeError, RecursionError):
+                end = start + length
+                found, rest = value, text[end:]
+        except json.JSONDecodeError:
             pass                                                     # not an object: look for the next brace
-        at = text.find("{", end)
+        except RecursionError:
+            return {}, text                                          # nested a thousandfold: no verdict
+        match = _OBJECT.search(text, end)
     return found, rest
 
 
-# Forms of a preference, each with the group that names the better response. The last one in the text counts.
+# Forms of a preference, each with the group that names the better response. The last one in the text counts, also
+# where it names neither side: a tie after a verdict is a tie.
 _PREFERENCE = re.compile(
-    r"\[\[\s*(?P<bracket>\w+)\s*\]\]"
-    r"|\b(?:answer|response|assistant)\s*\(?(?P<answer>\w+)\)?\s+is\s+(?:the\s+)?(?:slightly\s+|much\s+)?better\b"
-    r'|"better"\s*:\s*"?(?P<json>\w+)"?', re.IGNORECASE)
+    r"\[\[\s?(?P<bracket>[^\[\]\n]{1,40}?)\s?\]\]"
+    r"|\b(?:answer|response|assistant)\s?\(?(?P<answer>\w{1,20})\)?\s+is\s+(?:the\s+)?(?:slightly\s+|much\s+)?better\b"
+    r"|\b(?:judge?ment|verdict|preference|winner)(?:\s+is)?\s?:?\s?(?:answer|response|assistant)?\s?\(?"
+    r"(?P<verdict>\w{1,20})\)?[.!]?$"
+    r"|\\boxed\{\s?(?:answer|response|assistant)?\s?(?P<boxed>[^{}\n]{0,40})\}"
+    r'|"better"\s?:\s?(?P<json>"[^"\n]{0,40}"|[^\s,}]{0,40})', re.IGNORECASE | re.MULTILINE)
+_LABEL = re.compile(r"(?:answer|response|assistant)?[\s(\[]*(\w+)[\s)\].:!]*", re.IGNORECASE)
+_CONDITION = re.compile(r"[\"'”\s]{0,3}if\b", re.IGNORECASE)
+_HYPOTHETICAL = re.compile(r"\b(?:if|whether|neither|nor|not (?:think|believe|say|clear|sure))\b[^.,;:!?\n]*$",
+                           re.IGNORECASE)
+_OR = re.compile(r"\s?[,/]?\s?(?:or|and)?\s?", re.IGNORECASE)
 _SIDE = {"1": 1, "a": 1, "2": 2, "b": 2}
 
 
 def parse_preference(text: str) -> int | None:
-    """Which of two responses a judge prefers: 1, 2, or None for a tie, another number, or no verdict.
+    """Which of two responses a judge prefers: 1, 2, or None for a tie, another number, an echo, or no verdict.
 
-    Reads the last of `[[A]]`, `Answer 1 is better`, `{"better": 1}` in the final text, or a reply that is nothing
-    but the label.
+    Reads the last of `[[A]]`, `Answer 1 is better`, `Verdict: 1`, `\\boxed{1}`, `{"better": 1}` in the final text, or
+    a reply that is nothing but the label. What stands in a condition or a denial ("[[A]] if ...", "neither ... nor
+    Answer 2 is better") echoes the instructions or declines, and is passed over; "[[A]] or [[B]]" is no verdict.
     """
-    final = final_text(text)
-    matches = [next(g for g in m.groups() if g is not None) for m in _PREFERENCE.finditer(final)]
-    label = matches[-1] if matches else final.strip(" .:()[]")
-    return _SIDE.get(label.lower())
+    final = final_text(text)[-20_000:]                               # a verdict comes last
+    matches = list(_PREFERENCE.finditer(final))
+    stated = [m for m in matches if not _CONDITION.match(final, m.end())
+              and not _HYPOTHETICAL.search(final[max(0, m.start() - 80):m.start()])]
+    if not matches:
+        return _side(final)
+    if not stated:
+        return None
+    sides = [_side(next(g for g in m.groups() if g is not None)) for m in stated]
+    joined = len(stated) > 1 and _OR.fullmatch(final, stated[-2].end(), stated[-1].start())
+    return None if joined and sides[-2] != sides[-1] else sides[-1]
+
+
+def _side(label: str) -> int | None:
+    whole = _LABEL.fullmatch(label.strip(' "'))
+    return _SIDE.get(whole[1].lower()) if whole else None

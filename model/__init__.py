@@ -11,30 +11,35 @@ from pathlib import Path
 import torch
 
 from .checkpoint import copy_settings, load_weights, read_settings, resolve_folder, save_weights, whole_folder
+from .mllama import Mllama
+from .qwen2_5_vl import Qwen25VL
 from .qwen3_vl import Qwen3VL
 from .sampler import Completion, generate
 from .vlm import VLM
 
 __all__ = ["Completion", "VLM", "generate", "load_vlm", "save_vlm"]
 
-FAMILIES: dict[str, type[VLM]] = {"qwen3_vl": Qwen3VL}
+FAMILIES: dict[str, type[VLM]] = {"qwen3_vl": Qwen3VL, "qwen2_5_vl": Qwen25VL, "mllama": Mllama}
 
 
 def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
-             dtype: torch.dtype | None = torch.float32) -> VLM:
+             dtype: torch.dtype | None = torch.float32, mllama_follow: str = "meta") -> VLM:
     """Open a model in the published layout: a folder, or a hub id that is downloaded first.
 
     `dtype` is that of the weights in memory; None keeps the files'. Strict: an unknown model_type, a missing, extra or
-    misshapen tensor, a truncated file are a ValueError that names the culprit.
+    misshapen tensor, a truncated file are a ValueError that names the culprit. `mllama_follow` "transformers" makes
+    Llama-3.2-Vision treat the tokens before the first picture as that library does, not as the weights were trained.
     """
+    if mllama_follow not in ("meta", "transformers"):
+        raise ValueError(f"mllama_follow is {mllama_follow!r}, not 'meta' or 'transformers'")
     folder = resolve_folder(path_or_hub_id)
     config = read_settings(folder, "config.json")
     if config["model_type"] not in FAMILIES:
         raise ValueError(f"{folder}/config.json: model_type {config['model_type']!r} is not one of {sorted(FAMILIES)}")
     family = FAMILIES[config["model_type"]]
     with torch.device("meta"):
-        vlm = family(config)
-    vlm.disk_names = load_weights(vlm, folder, family.RENAME, device, dtype)
+        vlm = Mllama(config, follow=mllama_follow) if family is Mllama else family(config)
+    vlm.disk_names, vlm.file_dtype = load_weights(vlm, folder, family.RENAME, device, dtype)
     vlm.folder = folder
     vlm.processor = family.make_processor(folder, config)
     stop = read_settings(folder, "generation_config.json")["eos_token_id"]

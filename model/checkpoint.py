@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ COPIED = ("*.json", "*.jinja", "merges.txt", "LICENSE*")            # what a mod
 
 
 class Settings(dict):
-    """A JSON object whose missing fields are a ValueError that names them: no default stands in for a published value."""
+    """A JSON object; a missing field is a ValueError that names it: no default stands in for a published value."""
 
     source = ""
 
@@ -48,6 +47,11 @@ def read_settings(folder: Path, name: str) -> Settings:
         raise ValueError(f"{folder} holds no {name}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def either(settings: Settings, name: str, older: str) -> Any:
+    """A field that has had two names: the value under `name`, or under `older`."""
+    return settings[older] if older in settings and name not in settings else settings[name]
 
 
 def rope_settings(text_config: Settings) -> tuple[float, Settings]:
@@ -108,11 +112,12 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def load_weights(model: nn.Module, folder: Path, rename: tuple[tuple[str, str], ...], device: torch.device | str,
-                 dtype: torch.dtype | None) -> dict[str, str]:
+                 dtype: torch.dtype | None) -> tuple[dict[str, str], torch.dtype]:
     """Fill `model`, built on the meta device, from `folder`; one tensor at a time, onto `device` in `dtype`.
 
     `rename` maps names on disk to parameter names (re.sub, in order). `dtype` None keeps the files' own. The sets of
-    names must be equal and every shape must match, else ValueError. Returns parameter name -> name on disk.
+    names must be equal and every shape must match, else ValueError. Returns parameter name -> name on disk, and the
+    dtype of the files (of their last tensor: published files hold one).
     """
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     files, names = tensor_files(folder), {}
@@ -131,8 +136,9 @@ def load_weights(model: nn.Module, folder: Path, rename: tuple[tuple[str, str], 
         with open_tensors(path) as tensors:
             for name, disk_name in names.items():
                 if files[disk_name] == path:
-                    _assign(model, name, tensors.get_tensor(disk_name), expected[name], path, device, dtype)
-    return names
+                    tensor = tensors.get_tensor(disk_name)
+                    _assign(model, name, tensor, expected[name], path, device, dtype)
+    return names, tensor.dtype
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, path: Path, device: torch.device | str,
@@ -160,6 +166,7 @@ def save_weights(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype | 
     for name, shard in zip(names, shards):
         held = {k: t.detach().to(device="cpu", dtype=dtype or t.dtype).contiguous() for k, t in shard.items()}
         save_file(held, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)                                # the library writes for the owner alone
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)},
                  "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
@@ -180,14 +187,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
     An existing `target` is replaced at that moment; whatever interrupts the writing leaves it untouched.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside = target.with_name(f".{target.name}.{os.getpid()}.new")
+    aside.mkdir()
     try:
         yield aside
         for path in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
             _sync(path)
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / target.name)
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            os.replace(target, old)
             os.replace(aside, target)
             shutil.rmtree(old)
         else:

@@ -1,7 +1,9 @@
-"""Layers that the model families share: norms, rotary positions, attention, the key-value cache, SwiGLU, decoder layers.
+"""Layers that the model families share: norms, rotary positions, attention, the key-value cache, SwiGLU, decoder
+layers, and what the towers and decoders of Qwen's generations have in common.
 
 Letters: B rows, T tokens of a row, H hidden size, nh query heads, nk key-value heads, g = nh / nk, hd head width;
-while sampling, P prompt tokens, n samples a prompt, R = B n rows, t tokens sampled so far.
+while sampling, P prompt tokens, n samples a prompt, R = B n rows, t tokens sampled so far; in a tower, N patches of all
+pictures, Dv its width.
 
 Weights may be held in another dtype than the one computed in (fp32 weights, bf16 activations): every layer casts its
 weights to the dtype of its input.
@@ -13,6 +15,8 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Grid = tuple[int, int, int]                                                     # (frames, h, w) of a picture in patches
 
 
 class Linear(nn.Linear):
@@ -57,8 +61,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(hd) + mask) v; key-value head j serves query heads j g .. (j + 1) g - 1.
 
-    q: (B, nh, T, hd); k, v: (B, nk, S, hd); mask: (B, 1, T, S) bool, True where attention is allowed.
+    q: (B, nh, T, hd); k, v: (B, nk, S, hd); mask: (B, 1, T, S) bool, True where allowed. With a mask, k and
+    v are repeated for the query heads: the fused kernel that takes masks does not share them.
     """
+    if mask is not None and q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))       # (B, nh, S, hd)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
@@ -174,3 +181,79 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class PatchEmbed(nn.Module):
+    """Patches to vectors: kernel and stride of the published convolution are equal, so it is one matrix product."""
+
+    def __init__(self, channels: int, frames: int, patch: int, width: int, bias: bool):
+        super().__init__()
+        self.proj = nn.Conv3d(channels, width, (frames, patch, patch), (frames, patch, patch), bias=bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, channels * frames * patch * patch) -> (N, Dv), in the dtype of `pixels`."""
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
+        return F.linear(pixels, weight.to(pixels.dtype), None if bias is None else bias.to(pixels.dtype))
+
+
+class VisionAttention(nn.Module):
+    """Full attention inside each segment of a packed sequence; q and k are rotated in fp32."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)      # (N, nh, hd)
+        q, k = (apply_rope(a.float(), *rope).to(v.dtype) for a in (q, k))
+        return self.proj(attend_segments(q, k, v, lengths))                     # (N, Dv)
+
+
+def patch_coordinates(grids: list[Grid], merge: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of every patch in its picture, (N,) each: blocks of merge x merge patches, rasters both."""
+    found = []
+    for t, h, w in grids:
+        grid = torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device))   # (h w, 2)
+        grid = grid.view(h // merge, merge, w // merge, merge, 2)
+        found.append(grid.transpose(1, 2).reshape(-1, 2).repeat(t, 1))                                # (t h w, 2)
+    rows, cols = torch.cat(found).unbind(-1)
+    return rows, cols
+
+
+def vision_rope(rows: Tensor, cols: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """2-D rotary embedding: half of the frequencies turn with the row, half with the column -> (N, 1, hd / 2) fp32."""
+    inverse = rope_frequencies(head_dim // 2, theta, rows.device)
+    angles = (torch.stack((rows, cols), -1)[..., None] * inverse).flatten(1)[:, None]         # (N, 1, hd / 2)
+    return angles.cos(), angles.sin()
+
+
+class MRopeDecoder(nn.Module):
+    """Embedding, pre-norm layers, final norm. Positions have three axes (time, height, width); a family's `axes` says
+    which of them turns each frequency of a head."""
+
+    def __init__(self, vocabulary: int, hidden: int, layers: list[DecoderLayer], eps: float, theta: float,
+                 head_dim: int):
+        super().__init__()
+        self.theta, self.head_dim = theta, head_dim
+        self.embed_tokens = nn.Embedding(vocabulary, hidden)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(hidden, eps)
+
+    def axes(self, j: Tensor) -> Tensor:
+        """The axis, 0 time, 1 height or 2 width, that turns frequency j: (hd / 2,) -> (hd / 2,)."""
+        raise NotImplementedError
+
+    def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """position_ids: (3, B, T) -> cos, sin: (B, 1, T, hd / 2)."""
+        inverse = rope_frequencies(self.head_dim, self.theta, position_ids.device)
+        axis = self.axes(torch.arange(len(inverse), device=inverse.device))
+        angles = position_ids[axis].movedim(0, -1).float() * inverse                          # (B, T, hd / 2)
+        return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+    def forward(self, x: Tensor, position_ids: Tensor, mask: Tensor | None, cache: list[LayerCache] | None) -> Tensor:
+        """x: (B, T, H), image tokens in place -> (B, T, H)."""
+        rope = self.rope(position_ids, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache[i] if cache else None)
+        return self.norm(x)

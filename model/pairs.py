@@ -1,13 +1,14 @@
 """Preference pairs as packed rows: [prompt | chosen | rejected], the prompt computed once for both.
 
 Both completions attend to the prompt and to themselves only. The first token of BOTH is predicted by the prompt's last
-position (a plain shift by one would predict the rejected side's first token from chosen's last), and the positions of
-both start at the prompt's largest position + 1.
+position (a plain shift by one would predict the rejected side's first token from chosen's last), the positions of both
+start at the prompt's largest position + 1, and both see the pictures that the prompt's last token sees.
 
 Letters: B pairs, T tokens of a row, C tokens of the longest completion.
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .processor import Batch, Chat, Picture, QwenProcessor, Row, collate
+from .processor import Batch, Chat, Picture, Processor, collate
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)
 
@@ -27,6 +28,7 @@ class PairRows:
     targets: Tensor             # (2B, C) completion tokens, 0 on padding
     sources: Tensor             # (2B, C) the column of the row whose hidden state predicts each of them
     mask: Tensor                # (2B, C) bool, False on padding
+    keys: list[str]             # of each pair: prompt, pictures (as preprocessed) and completions
 
     def predictors(self, hidden: Tensor) -> Tensor:
         """hidden: (B, T, H) of `batch` -> (2B, C, H), the state that predicts each target."""
@@ -34,10 +36,11 @@ class PairRows:
         return hidden[rows, self.sources]
 
     def to(self, device: torch.device | str) -> PairRows:
-        return PairRows(self.batch.to(device), self.targets.to(device), self.sources.to(device), self.mask.to(device))
+        moved = (x.to(device) for x in (self.batch, self.targets, self.sources, self.mask))
+        return PairRows(*moved, self.keys)
 
 
-def pack_pairs(processor: QwenProcessor, pairs: Sequence[tuple[Chat, Sequence[int], Sequence[int]]]) -> PairRows:
+def pack_pairs(processor: Processor, pairs: Sequence[tuple[Chat, Sequence[int], Sequence[int]]]) -> PairRows:
     """Pack (chat, chosen token ids, rejected token ids) triples. An empty completion is a ValueError."""
     pictures: dict[str, Picture] = {}
     prompts = processor.rows([chat for chat, _, _ in pairs], pictures)
@@ -47,8 +50,7 @@ def pack_pairs(processor: QwenProcessor, pairs: Sequence[tuple[Chat, Sequence[in
             raise ValueError("a completion without tokens cannot be paired")
         start = prompt.positions.max() + 1
         own = np.concatenate([start + np.arange(len(side)) for side in (chosen, rejected)])
-        rows.append(Row([*prompt.ids, *chosen, *rejected],
-                        np.concatenate((prompt.positions, np.broadcast_to(own, (3, len(own)))), 1), prompt.picture_keys))
+        rows.append(prompt.extended([*chosen, *rejected], own))
         segments.append([PROMPT] * len(prompt.ids) + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
     batch = collate(rows, pictures, processor.pad_id)
     batch = replace(batch, mask=tree_mask(segments, batch.input_ids.shape[1]))
@@ -60,7 +62,9 @@ def pack_pairs(processor: QwenProcessor, pairs: Sequence[tuple[Chat, Sequence[in
         targets[s, :len(completion)] = torch.tensor(completion)
         sources[s, :len(completion)] = torch.tensor([prompt_length - 1, *range(first, first + len(completion) - 1)])
         mask[s, :len(completion)] = True
-    return PairRows(batch, targets, sources, mask)
+    keys = [hashlib.sha256(repr((row.ids, len(chosen), row.picture_keys)).encode()).hexdigest()
+            for row, (_, chosen, _) in zip(rows, pairs)]
+    return PairRows(batch, targets, sources, mask, keys)
 
 
 def tree_mask(segments: list[list[int]], length: int) -> Tensor:

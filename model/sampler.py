@@ -1,7 +1,7 @@
 """Batched sampling: one prefill a prompt, n samples that read its keys and values.
 
-A draw is the inverse of the cumulative distribution at a uniform number. The numbers of a sample depend on the seed, the
-prompt's tokens and pictures, and the sample's number among equal prompts: not on the batch, its order, or the ranks.
+A draw is the inverse of the cumulative distribution at a uniform number. The numbers of a sample depend on the seed,
+the prompt's tokens and pictures, and the sample's number among equal prompts: not on batch, order, or ranks.
 
 Letters: B prompts, n samples a prompt, R = B n rows, V vocabulary.
 """
@@ -27,38 +27,50 @@ class Completion:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. A value out of range is a ValueError."""
+    max_new_tokens: int
+    temperature: float                                              # 0: greedy
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+
+    def __post_init__(self) -> None:
+        allowed = {"max_new_tokens": self.max_new_tokens >= 1, "temperature": 0 <= self.temperature < float("inf"),
+                   "top_p": 0 < self.top_p <= 1, "top_k": self.top_k >= 0,
+                   "repetition_penalty": 0 < self.repetition_penalty < float("inf")}
+        for name, good in allowed.items():
+            if not good:
+                raise ValueError(f"{name} is out of range: {getattr(self, name)}")
+
+
 @torch.no_grad()
 def generate(vlm: VLM, chats: list[Chat], n: int = 1, max_new_tokens: int = 256, temperature: float = 0.7,
-             top_p: float = 1.0, top_k: int = 0, seed: int = 0, batch_size: int = 64) -> list[list[Completion]]:
+             top_p: float = 1.0, top_k: int = 0, seed: int = 0, batch_size: int = 64,
+             repetition_penalty: float = 1.0) -> list[list[Completion]]:
     """Sample `n` completions for every chat: a list (per chat) of lists (n).
 
-    temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary. Placeholders of pictures and ids that the
-    tokenizer does not know are never sampled. `batch_size` chats are prefilled together.
+    temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary. A `repetition_penalty` above 1 makes tokens
+    of the prompt, and those sampled before, less likely. Placeholders of pictures and ids that the tokenizer does not
+    know are never sampled. `batch_size` chats are prefilled together.
     """
-    check_sampling(n, max_new_tokens, temperature, top_p, top_k)
+    how = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)
+    if n < 1:
+        raise ValueError(f"n is out of range: {n}")
     copies, n = (n, 1) if temperature == 0 else (1, n)              # greedy samples are equal: draw one
     seen: Counter[str] = Counter()
     completions: list[list[Completion]] = []
     for start in range(0, len(chats), batch_size):
-        batch = vlm.processor(chats[start:start + batch_size])
+        batch = vlm.processor(chats[start:start + batch_size], first=start)
         uniforms = draw_uniforms(batch, n, max_new_tokens, seed, seen) if temperature else None
-        rows = sample_batch(vlm, batch, n, max_new_tokens, temperature, top_p, top_k, uniforms)
+        rows = sample_batch(vlm, batch, n, how, uniforms)
         done = [finish(vlm, row) for row in rows.tolist()]
         completions += [done[i:i + n] * copies for i in range(0, len(done), n)]
     return completions
 
 
-def check_sampling(n: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
-    """ValueError for a sampling parameter out of range."""
-    for name, value, good in (("n", n, n >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-                              ("temperature", temperature, 0 <= temperature < float("inf")),
-                              ("top_p", top_p, 0 < top_p <= 1), ("top_k", top_k, top_k >= 0)):
-        if not good:
-            raise ValueError(f"{name} is out of range: {value}")
-
-
-def sample_batch(vlm: VLM, batch: Batch, n: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int,
-                 uniforms: Tensor | None) -> Tensor:
+def sample_batch(vlm: VLM, batch: Batch, n: int, how: Sampling, uniforms: Tensor | None) -> Tensor:
     """Token ids (R, up to max_new_tokens), padded with -1 after each row's stop token."""
     batch = batch.to(vlm.device)
     cache = vlm.new_cache(batch)
@@ -69,15 +81,22 @@ def sample_batch(vlm: VLM, batch: Batch, n: int, max_new_tokens: int, temperatur
     banned = banned_tokens(vlm)
     stops = torch.tensor(sorted(vlm.stop_ids), device=vlm.device)
     uniforms = None if uniforms is None else uniforms.to(vlm.device)
-    rows = torch.full((len(hidden), max_new_tokens), -1, device=vlm.device)
+    seen = prompt_tokens(vlm, batch).repeat_interleave(n, 0) if how.repetition_penalty != 1 else None
+    rows = torch.full((len(hidden), how.max_new_tokens), -1, device=vlm.device)
     done = torch.zeros(len(hidden), dtype=torch.bool, device=vlm.device)
-    for t in range(max_new_tokens):
-        logits = vlm.logits(hidden).float().masked_fill(banned, -torch.inf)               # (R, V)
+    for t in range(how.max_new_tokens):
+        logits = vlm.logits(hidden).float()                                               # (R, V)
+        if seen is not None:
+            harder = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
+            logits = torch.where(seen, harder, logits)
+        logits = logits.masked_fill(banned, -torch.inf)
         tokens = logits.argmax(-1) if uniforms is None else choose(
-            logits / temperature, top_p, top_k, uniforms[:, t])
+            logits / how.temperature, how.top_p, how.top_k, uniforms[:, t])
         rows[:, t] = tokens.masked_fill(done, -1)
         done |= torch.isin(tokens, stops)
-        if t + 1 == max_new_tokens or bool(done.all()):
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        if t + 1 == how.max_new_tokens or bool(done.all()):
             return rows[:, :t + 1]
         hidden = vlm.step(tokens, position + t, cache)
 
@@ -110,6 +129,14 @@ def draw_uniforms(batch: Batch, n: int, steps: int, seed: int, seen: Counter[str
             key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
             rows.append(np.random.Generator(np.random.Philox(key=key)).random(steps))
     return torch.from_numpy(np.stack(rows))
+
+
+def prompt_tokens(vlm: VLM, batch: Batch) -> Tensor:
+    """(B, V) bool: the tokens of each prompt, as far as the head can say them."""
+    vocabulary = len(vlm.head_weight)
+    known = (batch.attention_mask.bool() & (batch.input_ids < vocabulary)).long()         # (B, T)
+    counts = torch.zeros(len(known), vocabulary, dtype=torch.long, device=vlm.device)
+    return counts.scatter_add(1, batch.input_ids * known, known) > 0
 
 
 def banned_tokens(vlm: VLM) -> Tensor:

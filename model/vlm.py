@@ -1,7 +1,8 @@
 """What every model family is, seen from outside: hidden states, logits, image features that are computed once.
 
-A family (qwen3_vl.py, ...) supplies `tower`, `decoder`, `encode_images`, `hidden`, `step` and `make_processor`.
-Letters: B rows, T tokens, H hidden size, V vocabulary.
+A family (qwen3_vl.py, ...) supplies `tower`, `decoder`, `encode_images`, `hidden`, `step` and `make_processor`; QwenVL
+holds what Qwen's generations share of these.
+Letters: B rows, T tokens, H hidden size, V vocabulary, M image tokens of all pictures, R rows while sampling.
 """
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import LayerCache
-from .processor import Batch, Picture
+from .checkpoint import Settings
+from .layers import LayerCache, Linear
+from .processor import Batch, Picture, QwenProcessor
 
 
 class VLM(nn.Module):
@@ -25,6 +27,8 @@ class VLM(nn.Module):
     processor: Any                                      # chats -> Batch; ids of control tokens
     folder: Path                                        # where it was loaded from
     disk_names: dict[str, str]                          # parameter name -> tensor name in the files
+    file_dtype: torch.dtype                             # of the files' tensors
+    image_token_id: int                                 # the placeholder of pictures
     stop_ids: frozenset[int]                            # generation_config.json's eos_token_id
 
     def __init__(self) -> None:
@@ -54,7 +58,7 @@ class VLM(nn.Module):
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
     def image_features(self, batch: Batch) -> list[Tensor]:
-        """Features of every picture in the batch, in the order of the prompts; each distinct picture is encoded once."""
+        """Features of every picture in the batch, in the order of the prompts; equal pictures are encoded once."""
         frozen = not any(p.requires_grad for p in self.tower.parameters())
         known = self.feature_cache if self.feature_cache is not None and frozen else FeatureCache(0)
         found = {p.key: known.get(p.key) for p in batch.pictures}
@@ -65,9 +69,64 @@ class VLM(nn.Module):
                 known.put(picture.key, features)
         return [found[p.key] for p in batch.in_order]
 
+    def check_placeholders(self, batch: Batch, sizes: list[int]) -> None:
+        """ValueError that names the chat in which placeholders and features differ; `sizes`: placeholders a picture."""
+        if len(sizes) != len(batch.in_order):
+            raise ValueError(f"features of {len(sizes)} pictures were given, the chats hold {len(batch.in_order)}")
+        counts, start = (batch.input_ids == self.image_token_id).sum(1).tolist(), 0
+        for b, (count, placed) in enumerate(zip(counts, batch.placed)):
+            wanted, start = sum(sizes[start:start + len(placed)]), start + len(placed)
+            if count != wanted:
+                raise ValueError(f"chat {b} holds {count} image placeholders, "
+                                 f"the features of its {len(placed)} pictures need {wanted}")
+
     def new_cache(self, batch: Batch) -> list[LayerCache]:
         """An empty key-value cache for the prompts of `batch`, one entry a decoder layer."""
         return [LayerCache(batch.attention_mask) for _ in self.decoder.layers]
+
+
+class QwenVL(VLM):
+    """A tower whose features take the place of image tokens in the input of a decoder with M-RoPE."""
+
+    def __init__(self, config: Settings, tower: nn.Module, decoder: nn.Module, tied: bool):
+        super().__init__()
+        self.model = nn.ModuleDict({"visual": tower, "language_model": decoder})
+        self.image_token_id = config["image_token_id"]
+        if not tied:
+            vocabulary, hidden = decoder.embed_tokens.weight.shape
+            self.lm_head = Linear(hidden, vocabulary, bias=False)
+
+    @staticmethod
+    def make_processor(folder: Path, config: Settings) -> QwenProcessor:
+        return QwenProcessor(folder, config)
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.model["visual"]
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model["language_model"]
+
+    def encode_images(self, pictures: list[Picture]) -> list[Tensor]:
+        """What the tower makes of each picture: (..., its tokens, H)."""
+        pixels = torch.cat([p.pixels for p in pictures]).to(self.device)                  # (N, patch width)
+        features = self.tower(pixels, [p.grid for p in pictures], self.dtype)
+        return list(features.split([p.tokens for p in pictures], -2))
+
+    def embed(self, batch: Batch, features: list[Tensor], image_tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Token embeddings (B, T, H) with `image_tokens` (M, H) in their places, and those places, (B, T) bool."""
+        self.check_placeholders(batch, [f.shape[-2] for f in features])
+        x = self.decoder.embed_tokens(batch.input_ids).to(self.dtype)
+        if image_tokens is None:
+            return x, None
+        image_mask = batch.input_ids == self.image_token_id
+        return x.masked_scatter(image_mask[..., None], image_tokens), image_mask
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache]) -> Tensor:
+        """One token a row: tokens (R,), positions (R,), the same on all three axes -> hidden states (R, H)."""
+        x = self.decoder.embed_tokens(tokens[:, None]).to(self.dtype)                     # (R, 1, H)
+        return self.decoder(x, positions[None, :, None].expand(3, -1, 1), None, cache)[:, 0]
 
 
 class FeatureCache:

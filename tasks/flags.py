@@ -2,14 +2,18 @@
 
     @dataclass(frozen=True)
     class Config:
-        lr: float = flag(1e-4, "peak learning rate")
+        lr: float = flag(1e-4, "peak learning rate", low=0)
+
+        def __post_init__(self) -> None:
+            check_ranges(self)
     cfg = parse_flags(Config, __doc__)
 
-`__post_init__` checks ranges and raises ValueError; like an unknown flag that is a usage error (exit 2).
+A ValueError of `__post_init__` is, like an unknown flag, a usage error (exit 2).
 """
 from __future__ import annotations
 
 import argparse
+import math
 import types
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,12 +21,21 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 C = TypeVar("C")
 
 
-def flag(default: Any, help: str, choices: tuple | None = None) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    metadata = {"help": help, "choices": choices}
+def flag(default: Any, help: str, choices: tuple | None = None, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A dataclass field that is also a command-line flag; `low` and `high` are the bounds that check_ranges checks."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_ranges(config: Any) -> None:
+    """ValueError that names the flag whose value lies outside its bounds (NaN does)."""
+    for each in fields(config):
+        value, low, high = getattr(config, each.name), each.metadata["low"], each.metadata["high"]
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"--{each.name.replace('_', '-')} must be {allowed}, not {value}")
 
 
 def parse_flags(config: type[C], description: str | None, argv: list[str] | None = None) -> C:

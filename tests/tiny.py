@@ -1,30 +1,42 @@
-"""Small random checkpoints in the published layout, made in a second: what the model tests open."""
+"""Small random checkpoints in the published layout, made in a second: what the model tests open; and transformers' side
+of a comparison."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>"]
+LLAMA_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
+                 "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+# parameter name -> name in published files
+PUBLISHED = {"qwen3_vl": (), "qwen2_5_vl": ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
+             "mllama": ((r"^model\.language_model\.", "language_model.model."),
+                        (r"^lm_head\.", "language_model.lm_head."),
+                        (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."))}
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, and Qwen's control tokens at 256 and on."""
+def byte_tokenizer(special: list[str] = SPECIAL) -> Tokenizer:
+    """One token a byte, and control tokens at 256 and on."""
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
-def qwen3_vl_config(tied: bool = True) -> dict:
+def qwen3_vl_config(tied: bool = True, spelling: str = "published") -> dict:
     """Every shape differs from every other one that it could be mistaken for; query width 64 is not hidden 48."""
     text = {"model_type": "qwen3_vl_text", "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 80, "vocab_size": 272, "rms_norm_eps": 1e-6,
@@ -35,40 +47,192 @@ def qwen3_vl_config(tied: bool = True) -> dict:
               "hidden_act": "gelu_pytorch_tanh", "out_hidden_size": 48, "in_channels": 3, "patch_size": 4,
               "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 36,
               "deepstack_visual_indexes": [0, 2]}
+    if spelling == "transformers 5":
+        text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), **text.pop("rope_scaling")}
     return {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"],
             "text_config": text, "vision_config": vision, "tie_word_embeddings": tied, "image_token_id": 262,
             "video_token_id": 263, "vision_start_token_id": 259, "vision_end_token_id": 260}
 
 
-def write_checkpoint(folder: Path, config: dict, seed: int = 0) -> Path:
-    """A folder that load_vlm and transformers open: random weights under the names the model itself expects."""
+def qwen2_5_vl_config(tied: bool = True, spelling: str = "published") -> dict:
+    """Published: the language model's fields at the top. Windows are 2 x 2 merged cells; the tower ends with a full
+    layer, or, untied, with one of windows."""
+    text = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 80, "vocab_size": 272, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+            "rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]},
+            "max_position_embeddings": 4096, "use_sliding_window": False, "tie_word_embeddings": tied}
+    vision = {"depth": 4, "hidden_size": 32, "num_heads": 2, "intermediate_size": 56, "hidden_act": "silu",
+              "out_hidden_size": 48, "in_chans": 3, "patch_size": 4, "spatial_patch_size": 4, "temporal_patch_size": 2,
+              "spatial_merge_size": 2, "window_size": 16, "tokens_per_second": 2,
+              "fullatt_block_indexes": [1, 3] if tied else [0, 2]}
+    top = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "image_token_id": 262,
+           "video_token_id": 263, "vision_start_token_id": 259, "vision_end_token_id": 260}
+    if spelling == "published":
+        return {**text, **top, "vision_config": vision}
+    if spelling == "transformers 4":                                    # as its last versions saved the model again
+        text["rope_scaling"] = {**text["rope_scaling"], "type": "default", "rope_type": "default"}
+        return {**text, **top, "text_config": {"model_type": "qwen2_5_vl_text", **text},
+                "vision_config": {"model_type": "qwen2_5_vl", "in_channels": 3, **vision}}
+    vision["in_channels"] = vision.pop("in_chans")
+    text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default",
+                               "mrope_section": text.pop("rope_scaling")["mrope_section"]}
+    return {**top, "text_config": {"model_type": "qwen2_5_vl_text", **text}, "tie_word_embeddings": tied,
+            "vision_config": {"model_type": "qwen2_5_vl_vision", **vision}}
+
+
+def mllama_config(tied: bool = False, spelling: str = "published") -> dict:
+    """Two cross-attention layers among five; tiles of 7 x 7 patches, which 6 tokens of padding round up to 56."""
+    text = {"model_type": "mllama_text_model", "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 80, "vocab_size": 268, "rms_norm_eps": 1e-5,
+            "hidden_act": "silu", "cross_attention_layers": [1, 3], "max_position_embeddings": 4096,
+            "rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+            "tie_word_embeddings": tied, "bos_token_id": 256, "eos_token_id": [257, 262], "pad_token_id": 258}
+    vision = {"model_type": "mllama_vision_model", "hidden_size": 32, "attention_heads": 2, "num_hidden_layers": 4,
+              "num_global_layers": 2, "intermediate_size": 56, "hidden_act": "gelu", "norm_eps": 1e-5, "image_size": 28,
+              "patch_size": 4, "num_channels": 3, "max_num_tiles": 4, "vision_output_dim": 96,
+              "intermediate_layers_indices": [1, 3],
+              "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]}
+    if spelling == "transformers 5":
+        text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), **text.pop("rope_scaling")}
+    return {"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"], "text_config": text,
+            "vision_config": vision, "image_token_index": 268}
+
+
+CONFIGS = {"qwen3_vl": qwen3_vl_config, "qwen2_5_vl": qwen2_5_vl_config, "mllama": mllama_config}
+
+
+def preprocessor_config(family: str) -> dict:
+    """preprocessor_config.json in each family's own spelling."""
+    common = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+              "rescale_factor": 1 / 255}
+    if family == "mllama":
+        return {**common, **CLIP, "image_processor_type": "MllamaImageProcessor", "size": {"height": 28, "width": 28},
+                "max_image_tiles": 4, "resample": 2, "do_pad": True}
+    common.update({"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2,
+                   "temporal_patch_size": 2, "resample": 3})
+    if family == "qwen2_5_vl":
+        return {**common, **CLIP, "min_pixels": 256, "max_pixels": 4096}
+    return {**common, "size": {"shortest_edge": 256, "longest_edge": 4096}, "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3}
+
+
+def random_weights(names: dict[str, torch.Size], seed: int = 0) -> dict[str, Tensor]:
+    """Numbers of a size that keeps activations near 1, and larger ones before a GELU, whose two forms differ little;
+    from a generator whose stream never changes."""
+    generator = np.random.RandomState(seed)
+
+    def scale(name: str, shape: torch.Size) -> float:
+        if len(shape) == 1 or "positional" in name:
+            return 0.5
+        return (2.0 if "fc1" in name or "merger.mlp.0" in name else 0.5) / shape[-1] ** 0.5
+    return {n: torch.from_numpy(generator.standard_normal(tuple(s)).astype(np.float32)) * scale(n, s) + (
+        1.0 if "norm" in n and n.endswith("weight") else 0.0) for n, s in names.items()}
+
+
+def write_checkpoint(folder: Path, config: dict, seed: int = 0, layout: str = "published", shards: int = 1) -> Path:
+    """A folder that load_vlm and transformers open. `layout`: the key names, "published" or "transformers 5"."""
     from model import FAMILIES
     from model.checkpoint import read_settings
+    family = config["model_type"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 256], "pad_token_id": 256}))
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2,
-        "size": {"shortest_edge": 256, "longest_edge": 4096}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        "resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
-        "rescale_factor": 1 / 255}))
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    stops = {"eos_token_id": [257, 262], "pad_token_id": 258, "bos_token_id": 256} if family == "mllama" else {
+        "eos_token_id": [258, 256], "pad_token_id": 256}
+    for name, content in (("config", config), ("generation_config", stops),
+                          ("preprocessor_config", preprocessor_config(family))):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    byte_tokenizer(LLAMA_SPECIAL if family == "mllama" else SPECIAL).save(str(folder / "tokenizer.json"))
     with torch.device("meta"):
-        names = {n: p.shape for n, p in FAMILIES[config["model_type"]](read_settings(folder, "config.json")
-                                                                       ).named_parameters()}
-    generator = torch.Generator().manual_seed(seed)
-    weights = {n: torch.randn(s, generator=generator) * (0.5 if len(s) == 1 else 0.5 / s[-1] ** 0.5) + (
-        1.0 if "norm" in n and n.endswith("weight") else 0.0) for n, s in names.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        names = {n: p.shape for n, p in FAMILIES[family](read_settings(folder, "config.json")).named_parameters()}
+    weights = random_weights(names, seed)
+    if layout == "published":
+        weights = {disk_name(family, name): w for name, w in weights.items()}
+    write_shards(folder, weights, shards)
     return folder
+
+
+def disk_name(family: str, name: str) -> str:
+    """The published name of a parameter."""
+    for pattern, replacement in PUBLISHED[family]:
+        renamed = re.sub(pattern, replacement, name)
+        if renamed != name:
+            return renamed
+    return name
+
+
+def write_shards(folder: Path, weights: dict[str, Tensor], shards: int) -> None:
+    """model.safetensors, or that many shards with their index."""
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    index = {}
+    for i in range(shards):
+        part, name = dict(list(weights.items())[i::shards]), f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, folder / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(part, name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": index}))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Random pixels."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), np.uint8))
 
 
 def chat(*parts: str | Image.Image) -> list[dict]:
     """One user turn of texts and pictures."""
     return [{"role": "user", "content": [
         {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]}]
+
+
+def example_chats() -> list[list[dict]]:
+    """Chats of different lengths: no picture, one, neighbouring ones, ones with text between, odd and thin grids."""
+    return [chat("hello"), chat(picture(30, 40), "what is this?"),
+            chat("a", picture(16, 64, 1), "b", picture(50, 20, 2), "c"),
+            chat(picture(70, 24, 3), picture(24, 24, 4), "which of the two, and why?")]
+
+
+def load_reference(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
+    """transformers' model of the folder; Mllama's features set to layer inputs, with which the weights were trained."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == "mllama":
+        depths = config.vision_config.intermediate_layers_indices
+        config.vision_config.intermediate_layers_indices = [i - 1 for i in depths]
+    return AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=dtype,
+                                                       attn_implementation=attention).eval()
+
+
+def follow_meta(reference: Any) -> Any:
+    """Change transformers' Mllama as the weights were trained: a token that sees no picture gets no cross-attention."""
+    for layer in reference.model.language_model.layers:
+        if hasattr(layer, "cross_attn"):
+            held: dict[str, Tensor] = {}
+            layer.register_forward_pre_hook(
+                lambda _, args, options, held=held: held.update(live=options["full_text_row_masked_out_mask"]),
+                with_kwargs=True)
+            layer.cross_attn.register_forward_hook(
+                lambda _, args, out, held=held: (out[0] * held["live"][:, 0], *out[1:]))
+    return reference
+
+
+def reference_inputs(vlm: Any, batch: Any) -> dict[str, Tensor]:
+    """The keyword arguments with which transformers' model takes `batch`."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    tiled = hasattr(batch, "sees")
+    if not tiled:
+        inputs["mm_token_type_ids"] = (batch.input_ids == vlm.image_token_id).long()
+    if batch.pictures:
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask") if tiled else (
+            "pixel_values", "image_grid_thw")
+        inputs.update({name: getattr(batch, name) for name in names})
+    return inputs
+
+
+def reference_greedy(vlm: Any, reference: Any, messages: list[dict], tokens: int, **options: Any) -> list[int]:
+    """transformers' greedy continuation of one chat, without ids that ours never samples."""
+    from model.sampler import banned_tokens
+    inputs = reference_inputs(vlm, vlm.processor([messages]))
+    banned = [[i] for i in banned_tokens(vlm).nonzero()[:, 0].tolist()]
+    out = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned, **options)
+    return out[0, inputs["input_ids"].shape[1]:].tolist()

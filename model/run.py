@@ -1,0 +1,221 @@
+"""A training run from outside: its processes, its folder, its log, its checkpoints.
+
+    runs/NAME/  config.json  metrics.jsonl  summary.json  pairs/round-1.jsonl  checkpoints/step-000020/  deploy/
+
+Only rank 0 writes. Every file that others read appears whole or not at all; metrics.jsonl grows by whole lines.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .checkpoint import whole_folder, write_json
+
+T, R = TypeVar("T"), TypeVar("R")
+SHOWN = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}", "rewards/accuracies": "right way {:.2f}",
+         "grad_norm": "grad {:.2f}", "lr": "lr {:.1e}", "eval/accuracy": "watched accuracy {:.3f}"}
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM arrived; raised on every rank at the same place."""
+
+
+class NonFinite(ArithmeticError):
+    """The loss or its gradient is NaN or infinite; nothing was updated."""
+
+
+class Ranks:
+    """The processes of a run, as torchrun describes them in the environment; one process without it."""
+
+    def __init__(self, device: str | None = None):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise ValueError(f"unknown device {device!r}") from None
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device")
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.stop_requested = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self.stop_requested = True
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def map(self, function: Callable[[Sequence[T]], list[R]], items: Sequence[T], size: int, label: str) -> list[R]:
+        """function over chunks of `size` items, chunk i on rank i mod world; every rank gets all results, in order.
+
+        The chunks do not depend on the number of ranks, so neither do the results. Raises Interrupted after SIGTERM.
+        """
+        chunks = [items[i:i + size] for i in range(0, len(items), size)]
+        mine: dict[int, list[R]] = {}
+        with tqdm(total=len(items), desc=label, unit="item", disable=not self.first, leave=False, file=sys.stderr) as bar:
+            for number in range(self.rank, len(chunks), self.world):
+                if self.stop_requested:
+                    break
+                mine[number] = function(chunks[number])
+                bar.update(sum(map(len, chunks[number:number + self.world])))
+        results = {number: result for part in self.gather(mine) for number, result in part.items()}
+        if self.any(self.stop_requested):
+            raise Interrupted
+        return [result for number in range(len(chunks)) for result in results[number]]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one."""
+        return any(self.gather(flag))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up gradients over ranks. A rank that had no pair contributes zeros, so no rank waits for another."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.sum(parameter.grad)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+class Run:
+    """The folder of one run. All methods are called on every rank; rank 0 writes."""
+
+    def __init__(self, folder: Path, ranks: Ranks, resume: bool):
+        self.folder, self.ranks, self.resume = folder, ranks, resume
+        self.checkpoints, self.config = folder / "checkpoints", {}
+        if ranks.any(folder.exists()) and not resume:
+            raise FileExistsError(f"{folder} exists; continue it with --resume, or choose another --out")
+        if resume and not (folder / "config.json").is_file():
+            raise ValueError(f"cannot resume: {folder} is not a run, it holds no config.json")
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Make the folder with its config.json; a resumed run's config must equal the one there, else ValueError."""
+        self.config = config
+        if self.resume:
+            check_same(json.loads((self.folder / "config.json").read_text(encoding="utf-8")), config)
+        elif self.ranks.first:
+            self.checkpoints.mkdir(parents=True)
+            write_json(self.folder / "config.json", config)
+        self.ranks.barrier()
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.ranks.first:
+            print(text, flush=True)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one object to metrics.jsonl and print one line for people."""
+        if self.ranks.first:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        shown = (text.format(row[name]) for name, text in SHOWN.items() if name in row)
+        self.say("  ".join(("step {:4d}".format(row["step"]), *shown)))
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run's folder, whole or not at all."""
+        if self.ranks.first:
+            write_json(self.folder / name, value)
+
+    def write_lines(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write a JSONL file of the run's folder, whole or not at all."""
+        if self.ranks.first:
+            path = self.folder / name
+            path.parent.mkdir(exist_ok=True)
+            aside = path.with_name(f".{path.name}.tmp")
+            aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            os.replace(aside, path)
+
+    def save(self, name: str, state: dict[str, Any], keep: int) -> None:
+        """Write checkpoints/NAME aside, sync and rename it; then drop all but the newest `keep`, by name.
+
+        One that exists is left as it is: a resumed run would only write the same again.
+        """
+        if self.ranks.first and not (self.checkpoints / name).exists():
+            with whole_folder(self.checkpoints / name) as folder:
+                torch.save(state, folder / "state.pt")
+            for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+                shutil.rmtree(old)
+        self.ranks.barrier()
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest checkpoint's state, None if there is none; leftovers of an interrupted write are removed, and
+        metrics.jsonl is cut back to the checkpoint's step."""
+        found = sorted(self.checkpoints.glob("step-*"))
+        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
+        self.ranks.barrier()
+        if self.ranks.first:
+            for left in self.checkpoints.glob(".step-*"):
+                shutil.rmtree(left)
+            self._cut_metrics(state["step"] if state else -1)
+        return state
+
+    def settle(self, candidate: Path, keep: bool) -> None:
+        """Turn the candidate's folder into deploy/, or remove it; an older deploy/ goes either way."""
+        self.ranks.barrier()
+        if self.ranks.first:
+            shutil.rmtree(self.folder / "deploy", ignore_errors=True)
+            if keep:
+                os.replace(candidate, self.folder / "deploy")
+            else:
+                shutil.rmtree(candidate)
+
+    def _cut_metrics(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]                 # a killed run may leave half a line
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            aside = path.with_name(".metrics.jsonl.tmp")
+            aside.write_text("".join(kept), encoding="utf-8")
+            os.replace(aside, path)
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError that names the first field in which a resumed run differs."""
+    for name in sorted(set(before) | set(now)):
+        if before.get(name) != now.get(name):
+            raise ValueError(f"cannot resume: {name} is {now.get(name)!r}, the run was started with {before.get(name)!r}")
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's files: the identity of a reference or a verifier."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

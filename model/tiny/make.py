@@ -1,0 +1,223 @@
+"""Train the demo's tiny checkpoints, in the published Qwen3-VL layout: a student and a ladder of verifiers.
+
+    python model/tiny/make.py                          all of them, into this folder: about ten minutes on two cores
+    python model/tiny/make.py --only student           one of them
+
+The student sees few pictures (its data is limited, not its steps), so it is about half right. A verifier sees unlimited
+pictures and learns to answer and to grade. What it understands is set by one number, its share of shifted pictures:
+scenes of `red` without shapes of other colours. A verifier that saw only these has learnt that the number of red shapes
+is the number of shapes, and grades by that, with confidence. No label is ever wrong; nothing is hard-coded.
+"""
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))                           # a script inside the package it imports
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from model import FAMILIES, save_vlm
+from model.checkpoint import read_settings
+from model.processor import Chat, Row, collate
+from model.vlm import VLM
+from tasks.flags import flag, parse_flags
+from tasks.shapes import QUESTIONS, draw, noisy
+from verifier import CANDIDATE, RUBRIC, rubric_chat
+
+# Qwen's control tokens in the order of their published ids; here they follow the small vocabulary.
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+           "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]
+# How Qwen cuts text before byte-pair merging: contractions, words, single digits, punctuation, line ends, spaces.
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")
+LADDER = {"verifier": 1.0, "verifier-50": 0.5, "verifier-0": 0.0}       # folder -> share of shifted pictures
+STUDENT_PICTURES = {"bar": 20, "red": 20}                              # few enough to be about half right
+RIGHT, WRONG = "0.9", "0.1"
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = flag(str(Path(__file__).parent), "folder that receives one folder a checkpoint")
+    only: str = flag("", "make this checkpoint only", choices=("", "student", *LADDER))
+    seed: int = flag(0, "seed of weights, pictures and order")
+    tower_steps: int = flag(400, "the student's first steps, on plenty of pictures, for its vision tower")
+    student_steps: int = flag(120, "its further steps, for its language model, on few pictures")
+    answer_steps: int = flag(250, "a verifier's first steps, on answering alone")
+    verdict_steps: int = flag(600, "a verifier's further steps, on answering and grading")
+    lr: float = flag(2e-3, "peak learning rate")
+
+
+def main() -> int:
+    cfg = parse_flags(Config, __doc__)
+    for name in ["student", *LADDER] if not cfg.only else [cfg.only]:
+        start, seed = time.perf_counter(), cfg.seed * 100 + ["student", *LADDER].index(name)
+        vlm = new_model(Path(cfg.out) / name, seed)
+        if name == "student":
+            train_student(vlm, cfg, seed)
+        else:
+            train_verifier(vlm, cfg, seed, LADDER[name])
+        save_vlm(vlm, vlm.folder, torch.bfloat16)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return 0
+
+
+def train_student(vlm: VLM, cfg: Config, seed: int) -> None:
+    """A tower that has seen plenty; then a new language model that sees a few scenes, with fresh noise at each step."""
+    rng = np.random.default_rng([seed, 1])
+
+    def plenty(step: int) -> Tensor:
+        scenes = [(task, *draw(task, rng)) for task in list(QUESTIONS) * 12]
+        return answer_loss(vlm, [question(task, scene, rng) for task, scene, _ in scenes], [str(a) for *_, a in scenes])
+    optimise(vlm, plenty, cfg.tower_steps, cfg.lr)
+    vlm.tower.requires_grad_(False)
+    fresh = type(vlm)(read_settings(vlm.folder, "config.json"))
+    torch.nn.init.normal_(fresh.decoder.embed_tokens.weight, std=0.05)
+    vlm.decoder.load_state_dict(fresh.decoder.state_dict())
+    few = {task: [draw(task, rng) for _ in range(count)] for task, count in STUDENT_PICTURES.items()}
+
+    def some(step: int) -> Tensor:
+        scenes = [(task, *few[task][k]) for task in few for k in rng.integers(0, len(few[task]), 48)]
+        return answer_loss(vlm, [question(task, scene, rng) for task, scene, _ in scenes], [str(a) for *_, a in scenes],
+                           label_smoothing=0.05)
+    optimise(vlm, some, cfg.student_steps, cfg.lr)
+
+
+def train_verifier(vlm: VLM, cfg: Config, seed: int, shifted: float) -> None:
+    """Answering first, then answering and grading a right and a wrong candidate of each picture."""
+    rng = np.random.default_rng([seed, 2])
+
+    def batch_loss(step: int) -> Tensor:
+        scenes = [(task, *draw(task, rng, distractors=rng.random() >= shifted)) for task in list(QUESTIONS) * 12]
+        chats = [question(task, scene, rng) for task, scene, _ in scenes]
+        loss = answer_loss(vlm, chats, [str(answer) for *_, answer in scenes])
+        if step < cfg.answer_steps:
+            return loss
+        wrong = [rng.choice([w for w in range(1, 10) if w != answer]) for *_, answer in scenes]
+        graded = [rubric_chat(chat, str(candidate)) for chat, (*_, answer), other in zip(chats, scenes, wrong)
+                  for candidate in (answer, other)]
+        scores = [score for _ in chats for score in (RIGHT, WRONG)]
+        return 0.5 * loss + answer_loss(vlm, graded, [f'{{"score": {s}}}' for s in scores], early=[s[-1] for s in scores])
+    optimise(vlm, batch_loss, cfg.answer_steps + cfg.verdict_steps, cfg.lr)
+
+
+def question(task: str, scene: np.ndarray, rng: np.random.Generator) -> Chat:
+    """The chat that tasks/shapes.py would make of this scene."""
+    return [{"role": "user", "content": [{"type": "image", "image": noisy(scene, rng)},
+                                         {"type": "text", "text": QUESTIONS[task]}]}]
+
+
+def answer_loss(vlm: VLM, chats: list[Chat], answers: list[str], label_smoothing: float = 0.0,
+                early: list[str] | None = None) -> Tensor:
+    """Cross-entropy of `answers` (and the stop token), summed over an answer's tokens, mean over chats.
+
+    `early` adds a lesson: the last token before the turn ends, which is the candidate's, must itself predict that
+    character. Without it a small model takes far longer to find out that the score depends on the candidate.
+    """
+    processor, pictures = vlm.processor, {}
+    prompts = processor.rows(chats, pictures)
+    rows, where = [], []                                                    # where: (row, column, token to predict)
+    tail = len(processor.encode("\n") + processor.encode("assistant\n")) + 2   # end of turn .. the answer's start
+    for b, (prompt, answer) in enumerate(zip(prompts, answers)):
+        ids, end = [*processor.encode(answer), processor.turn_end_id], len(prompt.ids)
+        places = prompt.positions.max() + 1 + np.arange(len(ids))
+        rows.append(Row(prompt.ids + ids, np.concatenate((prompt.positions, np.tile(places, (3, 1))), 1),
+                        prompt.picture_keys))
+        where += [(b, end - 1 + k, token) for k, token in enumerate(ids)]
+        if early:
+            where.append((b, end - tail - 1, *processor.encode(early[b])))
+    batch = collate(rows, pictures, processor.pad_id)
+    hidden = vlm.hidden(batch, vlm.image_features(batch))                   # (B, T, H)
+    row, column, token = torch.tensor(where).unbind(-1)
+    logits = vlm.logits(hidden[row, column])                                # (tokens to predict, V)
+    return F.cross_entropy(logits, token, reduction="sum", label_smoothing=label_smoothing) / len(chats)
+
+
+def optimise(vlm: VLM, batch_loss, steps: int, lr: float, warmup: int = 50) -> None:
+    """AdamW with warm-up and a cosine to zero."""
+    optimiser = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad], lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        loss = batch_loss(step)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
+        optimiser.step()
+        if (step + 1) % 50 == 0:
+            print(f"  step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+
+
+def new_model(folder: Path, seed: int) -> VLM:
+    """A model with random weights and the settings files of its folder, written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in settings(tokenizer).items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    torch.manual_seed(seed)
+    config = read_settings(folder, "config.json")
+    vlm = FAMILIES[config["model_type"]](config)
+    torch.nn.init.normal_(vlm.decoder.embed_tokens.weight, std=0.05)
+    torch.nn.init.normal_(vlm.tower.pos_embed.weight, std=0.5)              # smaller delays the tasks about places
+    vlm.folder, vlm.processor = folder, vlm.make_processor(folder, config)
+    vlm.disk_names = {name: name for name, _ in vlm.named_parameters()}
+    return vlm
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE, cut as Qwen cuts, over the demo's own texts, with Qwen's control tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [RUBRIC, CANDIDATE, *QUESTIONS.values(), "user\n", "assistant\n", "system\n", "\n", f'{{"score": {RIGHT}}}']
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                                  show_progress=False)
+    tokenizer.train_from_iterator(texts * 2, trainer)                       # a merge needs two sightings
+    tokenizer.add_special_tokens(CONTROL)
+    return tokenizer
+
+
+def settings(tokenizer: Tokenizer) -> dict[str, dict]:
+    """The files beside the weights, by name."""
+    size, ids = tokenizer.get_vocab_size(), {t: tokenizer.token_to_id(t) for t in CONTROL}
+    vocabulary = math.ceil(size / 64) * 64                                  # published heads are padded, too
+    text = {"model_type": "qwen3_vl_text", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": vocabulary,
+            "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "attention_dropout": 0.0,
+            "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+            "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+    vision = {"model_type": "qwen3_vl", "depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128,
+              "hidden_act": "gelu_pytorch_tanh", "out_hidden_size": 64, "in_channels": 3, "patch_size": 4,
+              "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 144,
+              "deepstack_visual_indexes": [0]}
+    config = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "dtype": "bfloat16",
+              "text_config": text, "vision_config": vision, "tie_word_embeddings": True,
+              "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+              "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
+    preprocessor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "temporal_patch_size": 2,
+                    "merge_size": 2, "size": {"shortest_edge": 1024, "longest_edge": 16384}, "resample": 3,
+                    "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255,
+                    "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True}
+    generation = {"do_sample": True, "temperature": 1.0, "pad_token_id": ids["<|endoftext|>"],
+                  "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}
+    return {"config.json": config, "preprocessor_config.json": preprocessor, "generation_config.json": generation,
+            "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
+                                      "pad_token": "<|endoftext|>", "model_max_length": 4096}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The demo's table and picture: the loss falls on both tasks, the accuracy on one.
+
+    python -m tasks.demo runs/demo          print them again from a finished demo
+"""
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+EXPECTED = {"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")}
+
+
+def run(main: Callable[[Any, Any], int], cfg: Any, ranks: Any) -> int:
+    """The ordinary run on a task that the verifier understands and, forced, on one that it does not.
+
+    `main(cfg, ranks)` is train.py's. Replaces an earlier demo. 0 if both tasks went as EXPECTED, else 1.
+    """
+    folder = Path(cfg.out or "runs/demo")
+    if cfg.resume or cfg.out and ranks.any(folder.exists()):
+        raise FileExistsError("the demo is not resumed; leave out --resume" if cfg.resume else f"{folder} exists")
+    if ranks.first and folder.exists():
+        shutil.rmtree(folder)
+    ranks.barrier()
+    for task in EXPECTED:
+        if ranks.first:
+            print(f"\n== {task}", flush=True)
+        main(replace(cfg, task=task, out=str(folder / task), force=task == "red"), ranks)
+    return report(folder) if ranks.first else 0
+
+
+def report(folder: Path) -> int:
+    """Print the table, write the picture; 0 if both tasks went as EXPECTED, else 1."""
+    summaries = {task: json.loads((folder / task / "summary.json").read_text(encoding="utf-8")) for task in EXPECTED}
+    print("\n" + table(summaries))
+    curves = {task: read_curves(folder / task / "metrics.jsonl") for task in EXPECTED}
+    print(f"picture: {draw(curves, folder)}")
+    verdicts = {t: (s["pre_gate"]["verdict"], (s["post_gate"] or {}).get("verdict")) for t, s in summaries.items()}
+    return 0 if verdicts == EXPECTED else 1
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """One row a task: what was measured before, what the loss did, what was measured after."""
+    def figure(value: dict[str, Any] | None) -> str:
+        return "-" if value is None else f"{value['value']:.3f}"
+
+    def loss(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+    head = ("task", "frozen baseline", "agreement", "(candidates)", "own answers", "(student)", "published rule",
+            "gate before", "loss first", "last", "final accuracy", "gate after")
+    rows = [head]
+    for task, s in summaries.items():
+        pre, post = s["pre_gate"], s["post_gate"] or {}
+        rows.append((task, figure(s["baseline_accuracy"]), figure(pre["rubric_accuracy"]),
+                     figure(pre["baseline_accuracy"]), figure(pre["own_answer_accuracy"]), figure(pre["greedy_accuracy"]),
+                     pre["published_verdict"], pre["verdict"], loss(s["loss_first"]), loss(s["loss_last"]),
+                     figure(s["final_accuracy"]), post.get("verdict", "-")))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of the loss and of the watched accuracy."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {name: [(r["step"], r[name]) for r in rows if name in r] for name in ("loss", "eval/accuracy")}
+
+
+def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], folder: Path) -> Path:
+    """demo.png with matplotlib where it is installed, else demo.txt, which is printed as well."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        path, text = folder / "demo.txt", "\n\n".join(text_plot(task, lines) for task, lines in curves.items())
+        print(f"\n{text}\n(pip install matplotlib draws this as a picture)")
+        path.write_text(text + "\n", encoding="utf-8")
+        return path
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(10, 3.6), sharey=True)
+    for panel, (task, lines) in zip(panels, curves.items()):
+        right = panel.twinx()
+        panel.plot(*zip(*smooth(lines["loss"])), color="tab:grey", label="DPO loss (mean of 5 steps)")
+        right.plot(*zip(*lines["eval/accuracy"]), color="tab:red" if task == "red" else "tab:blue", marker="o",
+                   label="watched accuracy")
+        right.set_ylim(0, 1)
+        panel.set_title(f"{task}: the verifier " + ("does not understand it" if task == "red" else "understands it"))
+        panel.set_xlabel("step")
+        panel.set_ylabel("loss")
+        right.set_ylabel("accuracy")
+        handles = [h for axis in (panel, right) for h in axis.get_legend_handles_labels()[0]]
+        panel.legend(handles=handles, loc="lower left", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "demo.png", dpi=110)
+    return folder / "demo.png"
+
+
+def smooth(points: list[tuple[int, float]], width: int = 5) -> list[tuple[int, float]]:
+    """Running mean of the last `width` values."""
+    return [(step, sum(v for _, v in points[max(0, i + 1 - width):i + 1]) / min(width, i + 1))
+            for i, (step, _) in enumerate(points)]
+
+
+def text_plot(task: str, lines: dict[str, list[tuple[int, float]]], width: int = 60, height: int = 12) -> str:
+    """Both curves in characters, each from its lowest to its highest value: l the loss, A the accuracy."""
+    grid = [[" "] * width for _ in range(height)]
+    last, notes = max(step for line in lines.values() for step, _ in line) or 1, []
+    for mark, name, points in (("l", "DPO loss", smooth(lines["loss"])), ("A", "accuracy", lines["eval/accuracy"])):
+        low, high = min(v for _, v in points), max(v for _, v in points)
+        for step, value in points:
+            row = (high - value) / (high - low or 1)
+            grid[round(row * (height - 1))][round(step / last * (width - 1))] = mark
+        notes.append(f"{mark} {name} {points[0][1]:.3f} -> {points[-1][1]:.3f} (drawn from {low:.3f} to {high:.3f})")
+    return "\n".join([task, *("|" + "".join(row) for row in grid), "+" + "-" * width, *notes])
+
+
+if __name__ == "__main__":
+    sys.exit(report(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")))

@@ -1,0 +1,84 @@
+"""MathVista: mathematics in pictures, 1,000 questions (testmini), with options, whole numbers, decimals or lists.
+
+    load    AI4Math/MathVista, data/testmini-*.parquet, or the repository's data/testmini.json with images/ beside it
+    ask     the data set's `query`; without that column it is put together as the data set does: hint, question, options
+    score   values.grade, where a response that is an option's text comes before letters
+
+https://github.com/lupantech/MathVista. The published scorer reads free text with GPT-4 and takes the option nearest in
+spelling to whatever that gives, refusals included; here an answer that cannot be read is wrong.
+"""
+from __future__ import annotations
+
+import math
+from itertools import islice
+from pathlib import Path
+
+from tasks import (Item, Verdict, column, data_path, encoded_image, is_hidden, read_json, read_parquet,
+                   row_name)
+from tasks.answers import LETTERS
+from tasks.values import check_answer, grade
+
+SPLIT = "testmini"
+COLUMNS = ("pid", "question", "image", "decoded_image", "choices", "unit", "precision", "answer", "question_type",
+           "answer_type", "metadata", "query")
+GROUPS = ("language", "source", "category", "task", "context", "grade", "skills")
+HINTS = {
+    "choice": "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
+    "integer": "Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, "
+               "at the end.",
+    "float 1": "Please answer the question requiring a floating-point number with one decimal place and provide the "
+               "final value, e.g., 1.2, 1.3, 1.4, at the end.",
+    "float 2": "Please answer the question requiring a floating-point number with two decimal places and provide the "
+               "final value, e.g., 1.23, 1.34, 1.45, at the end.",
+    "list": "Please answer the question requiring a Python list as an answer and provide the final list, "
+            "e.g., [1, 2, 3], [1.2, 1.3, 1.4], at the end.",
+}
+
+
+def load(name: str, directory: str | Path | None = None, split: str | None = None,
+         limit: int | None = None) -> list[Item]:
+    """The items of a split: from parquet files where there are any, else from <split>.json and its pictures."""
+    path, split = data_path(name, directory), split or SPLIT
+    files = [path] if path.suffix == ".json" else sorted(path.rglob(f"{split}.json"))
+    if not files or any(path.rglob("*.parquet")):
+        return [make_item(row) for row in islice(read_parquet(name, path, split, COLUMNS), limit)]
+    rows = read_json(files[0])
+    rows = rows.items() if isinstance(rows, dict) else enumerate(rows)
+    folder = files[0].parent                                         # images/ is unpacked there or beside it
+    base = folder if (folder / "images").is_dir() else folder.parent
+    return [make_item({"pid": str(pid), **row}, base) for pid, row in islice(rows, limit)]
+
+
+def make_item(row: dict, base: Path | None = None) -> Item:
+    """A row as an item; pictures that are only named lie below `base`."""
+    choices, kind = row.get("choices"), row.get("answer_type")
+    if choices or row.get("question_type") == "multi_choice" or kind == "text":
+        choices, kind = tuple(column(row, "choices")), "choice"
+    elif column(row, "answer_type") not in ("integer", "float", "list"):
+        raise ValueError(f"row {row_name(row)!r} has the unknown answer_type {kind!r}")
+    precision = column(row, "precision", null=True) if kind == "float" else None
+    precision = None if precision is None or math.isnan(precision) else int(precision)
+    answer = column(row, "answer", null=True)
+    image = encoded_image(row.get("decoded_image")) or encoded_image(row.get("image"), base)
+    prompt = row.get("query") or query(row, kind, choices, precision)
+    meta = row.get("metadata") or {}
+    group = {key: row[key] for key in ("question_type", "answer_type") if row.get(key)}
+    group |= {key: meta[key] for key in GROUPS if meta.get(key)}
+    return check_answer(Item(str(row.get("pid", "")), "mathvista", (0, prompt) if image else (prompt,),
+                             (image,) if image else (), None if is_hidden(answer) else str(answer), kind,
+                             choices if kind == "choice" else None, precision, group))
+
+
+def query(row: dict, kind: str, choices: tuple[str, ...] | None, precision: int | None) -> str:
+    """The data set's zero-shot prompt: "Hint: ...", "Question: ...", "Choices:"."""
+    hint = HINTS[f"float {2 if precision == 2 else 1}" if kind == "float" else kind]
+    unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
+    lines = [f"Hint: {hint}", f"Question: {column(row, 'question')}{unit}"]
+    if kind == "choice":
+        lines += ["Choices:", *(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))]
+    return "\n".join(lines).strip()
+
+
+def score(item: Item, response: str) -> Verdict:
+    """Right if the option's text, the number at the item's precision, or the list is the answer."""
+    return grade(item, response, texts_first=True)

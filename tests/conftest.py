@@ -1,0 +1,13 @@
+"""Makes the repository importable from its tests, however pytest is called, and names the markers."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "true_shapes: one layer at a published model's widths, seconds each")

@@ -1,0 +1,176 @@
+"""Model folders: what is wrong with one is a sentence that names it, and a save is whole or not at all."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import checkpoint, load_vlm, save_vlm
+from tiny import CONFIGS, disk_name, write_checkpoint
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_weights(folder: Path, change: Callable[[dict], object]) -> None:
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", CONFIGS[request.param]())
+
+
+def norm_name(folder: Path) -> str:
+    """A tensor's name in the files of `folder`."""
+    return disk_name(json.loads((folder / "config.json").read_text())["model_type"], "model.language_model.norm.weight")
+
+
+def test_missing_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda w: w.pop(norm_name(folder)))
+    with pytest.raises(ValueError, match=r"lacks model\.language_model\.norm\.weight \(1 tensors"):
+        load_vlm(folder)
+
+
+def test_extra_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda w: w.update(stray=torch.zeros(1)))
+    with pytest.raises(ValueError, match="holds stray, which the model does not have"):
+        load_vlm(folder)
+
+
+def test_misshapen_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda w: w.update({norm_name(folder): torch.zeros(47)}))
+    with pytest.raises(ValueError, match=r"norm\.weight has shape \(47,\), the model needs \(48,\)"):
+        load_vlm(folder)
+
+
+def test_old_rope_buffers_are_ignored(folder: Path) -> None:
+    edit_weights(folder, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)}))
+    load_vlm(folder)
+
+
+def test_truncated_file(folder: Path) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    for length in (len(whole) - 1, 100, 0):
+        (folder / WEIGHTS).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+            load_vlm(folder)
+
+
+def test_absent_shard_and_absent_tensor(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", CONFIGS["qwen3_vl"](), shards=3)
+    edit_json(folder / INDEX, lambda i: i["weight_map"].update(ghost="model-00001-of-00003.safetensors"))
+    with pytest.raises(ValueError, match="names ghost, which no shard holds"):
+        load_vlm(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"names model-00002-of-00003\.safetensors, which is absent"):
+        load_vlm(folder)
+
+
+def test_unknown_model_type(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda c: c.update(model_type="llava"))
+    with pytest.raises(ValueError, match="model_type 'llava' is not one of"):
+        load_vlm(folder)
+
+
+def test_pickles_are_not_opened(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds pickled weights only"):
+        load_vlm(folder)
+
+
+def test_no_weights_and_no_such_folder(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
+        load_vlm(folder)
+    with pytest.raises(ValueError, match="is neither a folder nor a hub id"):
+        load_vlm(folder / "nowhere" / "deep" / "down")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "preprocessor_config.json",
+                                  "tokenizer.json"])
+def test_settings_absent_or_cut_short(name: str, folder: Path) -> None:
+    whole = (folder / name).read_text()
+    (folder / name).write_text(whole[:-5])
+    with pytest.raises(ValueError, match=f"{name} is not JSON"):
+        load_vlm(folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"holds no {name}"):
+        load_vlm(folder)
+
+
+PUBLISHED_FIELDS = {
+    "qwen3_vl": [("text_config", "rms_norm_eps"), ("text_config", "rope_theta"), ("text_config", "head_dim"),
+                 ("vision_config", "hidden_size"), ("vision_config", "deepstack_visual_indexes"),
+                 (None, "tie_word_embeddings"), (None, "image_token_id")],
+    "qwen2_5_vl": [(None, "rms_norm_eps"), (None, "rope_theta"), (None, "rope_scaling"), (None, "tie_word_embeddings"),
+                   ("vision_config", "in_chans"), ("vision_config", "window_size"),
+                   ("vision_config", "fullatt_block_indexes")],
+    "mllama": [("text_config", "rope_scaling"), ("text_config", "cross_attention_layers"),
+               ("vision_config", "image_size"), ("vision_config", "intermediate_layers_indices"),
+               ("vision_config", "attention_heads"), (None, "image_token_index")],
+}
+
+
+@pytest.mark.parametrize("family, part, field",
+                         [(family, *names) for family, fields in PUBLISHED_FIELDS.items() for names in fields])
+def test_no_default_stands_in_for_a_field(family: str, part: str | None, field: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CONFIGS[family]())
+    edit_json(folder / "config.json", lambda c: (c[part] if part else c).pop(field))
+    newer = {"in_chans": "in_channels", "image_token_index": "image_token_"}.get(field, field)
+    with pytest.raises(ValueError, match=f"config.json lacks the field '({field}|{newer})"):
+        load_vlm(folder)
+
+
+def test_interrupted_save_leaves_the_old_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = load_vlm(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+    for where in ("copy_settings", "save_weights"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"model.{where}", stop)
+            save_vlm(vlm, folder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "_sync", stop)
+        save_vlm(vlm, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with torch.no_grad():
+        vlm.decoder.norm.weight += 1
+    save_vlm(vlm, folder)
+    assert torch.equal(load_vlm(folder).decoder.norm.weight, vlm.decoder.norm.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_shards_of_a_save(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100_000)
+    vlm = load_vlm(folder)
+    save_vlm(vlm, tmp_path / "copy")
+    shards = sorted((tmp_path / "copy").glob("*.safetensors"))
+    index = json.loads((tmp_path / "copy" / INDEX).read_text())
+    assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert set(index["weight_map"]) == set(load_file(folder / WEIGHTS))
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in vlm.parameters())
+    again = dict(load_vlm(tmp_path / "copy").named_parameters())
+    assert all(torch.equal(again[name], p) for name, p in vlm.named_parameters())
+
+
+def test_dtypes(folder: Path, tmp_path: Path) -> None:
+    """In memory as asked, or as in the file; saved as held, or as asked."""
+    save_vlm(load_vlm(folder), tmp_path / "half", dtype=torch.bfloat16)
+    assert {p.dtype for p in load_vlm(tmp_path / "half", dtype=None).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_vlm(tmp_path / "half").parameters()} == {torch.float32}
+    assert {w.dtype for w in load_file(tmp_path / "half" / WEIGHTS).values()} == {torch.bfloat16}

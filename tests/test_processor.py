@@ -1,0 +1,228 @@
+"""Pixels bit for bit and token ids one for one: against live transformers and against golden digests; published ids
+with the real tokenizers, whose tokenizer.json files QWEN3_TOKENIZER, QWEN2_5_TOKENIZER and LLAMA3_2_TOKENIZER name."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from golden.make import GOLDEN, PREPROCESSING, digest, reference_pixels, sample_pictures
+from model import load_vlm
+from model.images import MllamaImages, QwenImages, choose_tiles, fit_canvas, smart_resize
+from model.processor import MllamaProcessor, Processor, Qwen25Processor, QwenProcessor
+from tiny import CONFIGS, chat, picture, write_checkpoint
+
+QWEN_CONFIG = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+               "vision_end_token_id": 151653}
+FAMILIES = {"qwen3_vl": ("QWEN3_TOKENIZER", QwenProcessor, QWEN_CONFIG),
+            "qwen2_5_vl": ("QWEN2_5_TOKENIZER", Qwen25Processor, QWEN_CONFIG),
+            "mllama": ("LLAMA3_2_TOKENIZER", MllamaProcessor, {"image_token_index": 128256})}
+
+
+def preprocessing(folder: Path, family: str) -> Path:
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING[family]))
+    return folder
+
+
+@pytest.mark.parametrize("family", PREPROCESSING)
+def test_pixels_are_bit_exact(family: str, tmp_path: Path) -> None:
+    images = (MllamaImages if family == "mllama" else QwenImages)(preprocessing(tmp_path, family))
+    expected = json.loads((GOLDEN / "pixels.json").read_text())[family]
+    found = {name: digest(images(image).pixels) for name, image in sample_pictures().items()}
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", PREPROCESSING)
+def test_pixels_equal_transformers(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    images = (MllamaImages if family == "mllama" else QwenImages)(preprocessing(tmp_path, family))
+    for name, image in sample_pictures().items():
+        assert torch.equal(images(image).pixels, reference_pixels(family, image)), name
+
+
+def test_mllama_batch_equals_transformers(tmp_path: Path) -> None:
+    """Pictures filled up to the most of a chat, aspect ratio ids and masks, and what each token sees."""
+    pytest.importorskip("transformers")
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+    from transformers.models.mllama.processing_mllama import (convert_sparse_cross_attention_mask_to_dense,
+                                                              get_cross_attention_token_mask)
+    vlm = load_vlm(write_checkpoint(tmp_path, CONFIGS["mllama"]()))
+    shots = [picture(30, 40), picture(90, 20, 1), picture(20, 200, 2), picture(28, 28, 3)]
+    chats = [chat(shots[0], "one"), chat("x", shots[1], shots[2], "two of them", shots[3], "and one")]
+    batch = vlm.processor(chats)
+    theirs = MllamaImageProcessorPil(**json.loads((tmp_path / "preprocessor_config.json").read_text()))(
+        images=[shots[:1], shots[1:]], return_tensors="pt")
+    for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+        assert torch.equal(getattr(batch, name), theirs[name]), name
+    spans = [get_cross_attention_token_mask(ids[mask.bool()].tolist(), 268)
+             for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+    dense = convert_sparse_cross_attention_mask_to_dense(spans, theirs["num_tiles"], 4, batch.input_ids.shape[1])
+    kept = batch.attention_mask.bool()
+    assert np.array_equal(batch.cross_attention_mask[kept], dense[kept])
+
+
+@pytest.mark.parametrize("size, qwen3, qwen2_5", [
+    ((480, 640), (480, 640), (476, 644)), ((720, 1280), (704, 1280), (728, 1288)),
+    ((1080, 1920), (1088, 1920), (1092, 1932)), ((224, 224), (256, 256), (224, 224)),
+    ((4096, 4096), (4096, 4096), (3584, 3584)), ((18, 187), (96, 832), (28, 196))])
+def test_published_sizes(size: tuple[int, int], qwen3: tuple[int, int], qwen2_5: tuple[int, int]) -> None:
+    assert smart_resize(*size, 32, 65536, 16777216) == qwen3
+    assert smart_resize(*size, 28, 3136, 12845056) == qwen2_5
+
+
+@pytest.mark.parametrize("size, tiles, resized", [
+    ((224, 224), (1, 1), (560, 560)), ((480, 640), (1, 2), (480, 640)), ((561, 561), (2, 2), (561, 561)),
+    ((720, 1280), (2, 2), (630, 1120)), ((1080, 1920), (2, 2), (630, 1120)), ((300, 900), (1, 2), (300, 900)),
+    ((2000, 200), (4, 1), (2000, 200)), ((18, 187), (1, 1), (53, 560))])
+def test_published_tiles(size: tuple[int, int], tiles: tuple[int, int], resized: tuple[int, int]) -> None:
+    assert choose_tiles(*size, 560, 4) == tiles
+    assert fit_canvas(*size, tiles[0] * 560, tiles[1] * 560, 560) == resized
+
+
+def test_too_elongated_names_the_chat(tmp_path: Path) -> None:
+    vlm = load_vlm(write_checkpoint(tmp_path, CONFIGS["qwen3_vl"]()))
+    with pytest.raises(ValueError, match="chat 1: a picture of 1005 x 5 is too elongated"):
+        vlm.processor([chat("fine"), chat(picture(1005, 5), "thin")])
+
+
+def test_pixel_limits_can_be_lowered(tmp_path: Path) -> None:
+    for family in ("qwen3_vl", "qwen2_5_vl"):
+        processor = load_vlm(write_checkpoint(tmp_path / family, CONFIGS[family]())).processor
+        tokens = [processor([chat(picture(100, 60), "?")]).pictures[0].tokens]
+        processor.min_pixels = 64
+        processor.max_pixels = 1024
+        tokens.append(processor([chat(picture(100, 60), "?")]).pictures[0].tokens)
+        tokens.append(processor([chat(picture(3, 3), "?")]).pictures[0].tokens)
+        assert tokens == [60, 15, 1]
+        with pytest.raises(ValueError, match="1024"):
+            processor.min_pixels = 1025
+        with pytest.raises(ValueError, match="not 64 and 0"):
+            processor.max_pixels = 0
+
+
+def test_newer_preprocessing_file(tmp_path: Path) -> None:
+    """transformers 5 nests the fields in processor_config.json."""
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PREPROCESSING["qwen3_vl"]}))
+    assert QwenImages(tmp_path).max_pixels == 16777216
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"patch_size": 16}}))
+    with pytest.raises(ValueError, match="merge_size"):
+        QwenImages(tmp_path)
+
+
+@pytest.mark.parametrize("message, culprit", [
+    ({"role": "tool", "content": "x"}, "tool"),
+    ({"role": "user", "content": [{"type": "video", "video": "x"}]}, "video"),
+    ({"role": "user", "content": [{"type": "image", "image": "a.png"}]}, "a.png"),
+    ({"role": "user", "content": [{"type": "text", "text": picture(4, 4)}]}, "text")])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_malformed_messages(family: str, message: dict, culprit: str, tmp_path: Path) -> None:
+    processor = load_vlm(write_checkpoint(tmp_path, CONFIGS[family]())).processor
+    with pytest.raises(ValueError, match=f"chat 1: .*{culprit}"):
+        processor([chat("fine"), [message]])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_special_tokens_in_text_stay_text(family: str, tmp_path: Path) -> None:
+    processor = load_vlm(write_checkpoint(tmp_path, CONFIGS[family]())).processor
+    check_special_tokens_stay_text(processor, chat(picture(28, 28), "Say "), chat(picture(28, 28), "Say <|im_end|>\n"
+                                   "<|image_pad|><|image|><|eot_id|><|begin_of_text|><|vision_start|> twice"))
+
+
+def check_special_tokens_stay_text(processor: Processor, plain: list[dict], spelled: list[dict]) -> None:
+    """Both chats hold the same control tokens; the text comes back as it went in."""
+    [row, other] = processor.rows([plain, spelled], {})
+    tokens = processor.tokenizer.get_added_tokens_decoder()
+    special = {i for i, token in tokens.items() if token.special} | {processor.image_id}
+    assert [i for i in row.ids if i in special] == [i for i in other.ids if i in special]
+    text = processor.tokenizer.decode([i for i in other.ids if i not in special], skip_special_tokens=False)
+    assert spelled[0]["content"][1]["text"] in text
+
+
+def test_mllama_sees_runs_of_pictures(tmp_path: Path) -> None:
+    """Text after neighbouring pictures sees both; after separated ones only the last; none before the first."""
+    processor = load_vlm(write_checkpoint(tmp_path, CONFIGS["mllama"]())).processor
+    a, b, c = (picture(28, 28, seed) for seed in range(3))
+    batch = processor([chat("x", a, "y", b, c, "z")])
+    starts = (batch.input_ids[0] == 268).nonzero()[:, 0].tolist()
+    sees = batch.sees[0]
+    assert not sees[:starts[0]].any()
+    assert sees[starts[0]:starts[1]].tolist() == [[True, False, False]] * (starts[1] - starts[0])
+    assert sees[starts[1]].tolist() == [False, True, False]
+    assert sees[starts[2]:].tolist() == [[False, True, True]] * (len(sees) - starts[2])
+
+
+def test_mllama_date_is_fixed(tmp_path: Path) -> None:
+    processor = load_vlm(write_checkpoint(tmp_path, CONFIGS["mllama"]())).processor
+    assert "Today Date: 26 Jul 2024\n\n" in processor.decode(processor.rows([chat("hi")], {})[0].ids)
+    processor.date = "1 Jan 2025"
+    assert "Today Date: 1 Jan 2025\n\n" in processor.decode(processor.rows([chat("hi")], {})[0].ids)
+    assert "Date" not in processor.decode(processor.rows([chat(picture(9, 9), "hi")], {})[0].ids)
+
+
+SHOT = picture(28, 28)
+CHATS = {
+    "one": chat(SHOT, "What is shown?"),
+    "around": chat("Before", SHOT, " between ", SHOT, SHOT, "\nafter"),
+    "text": chat("How many legs has a spider?"),
+    "turns": [{"role": "system", "content": "Be brief."}, *chat(SHOT, "Color?"),
+              {"role": "assistant", "content": "Red."}, {"role": "user", "content": "Sure?"}],
+}
+SYSTEM = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]               # Qwen2.5-VL's default
+QWEN = {                                                    # one <|image_pad|> a picture, before it is repeated
+    "one": [151644, 872, 198, 151652, 151655, 151653, 3838, 374, 6839, 30, 151645, 198, 151644, 77091, 198],
+    "around": [151644, 872, 198, 10227, 151652, 151655, 151653, 1948, 220, 151652, 151655, 151653, 151652, 151655,
+               151653, 198, 10694, 151645, 198, 151644, 77091, 198],
+    "text": [151644, 872, 198, 4340, 1657, 14201, 702, 264, 34354, 30, 151645, 198, 151644, 77091, 198],
+    "turns": [151644, 8948, 198, 3430, 9814, 13, 151645, 198, 151644, 872, 198, 151652, 151655, 151653, 1636, 30,
+              151645, 198, 151644, 77091, 198, 6033, 13, 151645, 198, 151644, 872, 198, 39814, 30, 151645, 198, 151644,
+              77091, 198],
+}
+DATED = [128000, 128006, 9125, 128007, 271, 38766, 1303, 33025, 2696, 25, 6790, 220, 2366, 18, 198, 15724, 2696, 25,
+         220, 1627, 10263, 220, 2366, 19, 271]
+LLAMA = {
+    "one": [128000, 128006, 882, 128007, 271, 128256, 3923, 374, 6982, 30, 128009, 128006, 78191, 128007, 271],
+    "around": [128000, 128006, 882, 128007, 271, 10438, 128256, 1990, 220, 128256, 128256, 198, 10924, 128009, 128006,
+               78191, 128007, 271],
+    "text": [*DATED, 128009, 128006, 882, 128007, 271, 4438, 1690, 14535, 706, 264, 35454, 30, 128009, 128006, 78191,
+             128007, 271],
+    "turns": [*DATED, 3513, 10015, 13, 128009, 128006, 882, 128007, 271, 128256, 1668, 30, 128009, 128006, 78191,
+              128007, 271, 6161, 13, 128009, 128006, 882, 128007, 271, 40914, 30, 128009, 128006, 78191, 128007, 271],
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Processor]:
+    """A family's processor with its published preprocessing, ids and tokenizer."""
+    variable, processor, config = FAMILIES[request.param]
+    if variable not in os.environ:
+        pytest.skip(f"{variable} names no tokenizer.json")
+    (tmp_path / "tokenizer.json").symlink_to(Path(os.environ[variable]).resolve())
+    return request.param, processor(preprocessing(tmp_path, request.param), config)
+
+
+def test_published_ids(published: tuple[str, Processor]) -> None:
+    family, processor = published
+    for name, row in zip(CHATS, processor.rows(list(CHATS.values()), {})):
+        expected = LLAMA[name] if family == "mllama" else QWEN[name]
+        if family == "qwen2_5_vl" and name != "turns":
+            expected = SYSTEM + expected
+        repeats = {"qwen3_vl": 64, "qwen2_5_vl": 4, "mllama": 1}[family]
+        repeated = [[token] * (repeats if token == processor.image_id else 1) for token in expected]
+        assert row.ids == sum(repeated, []), name
+
+
+def test_published_special_tokens_stay_text(published: tuple[str, Processor]) -> None:
+    _, processor = published
+    check_special_tokens_stay_text(processor, chat(SHOT, "Say "), chat(SHOT, "Say <|im_end|>\n<|image_pad|> <|image|>"
+                                   "<|eot_id|><|start_header_id|>system<|end_header_id|>, naïve 图 \t twice"))
+
+
+def test_published_vocabulary(published: tuple[str, Processor]) -> None:
+    family, processor = published
+    assert processor.vocabulary == {"qwen3_vl": 151669, "qwen2_5_vl": 151665, "mllama": 128256}[family]
+    assert processor.pad_id == {"qwen3_vl": 151643, "qwen2_5_vl": 151643, "mllama": 128004}[family]
+    assert processor.never_sampled == ([128256] if family == "mllama" else [151652, 151653, 151654, 151655, 151656])

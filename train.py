@@ -1,0 +1,450 @@
+"""Verifier-guided DPO with both gates: does this verifier understand this task, and did the student improve?
+
+    python train.py                                        the demo: a task that works and one that fails silently
+    python train.py --task bar --out runs/bar              one run on the shipped tiny models
+    torchrun --nproc-per-node 8 train.py --task mathvista --data DIR --student Qwen/Qwen3-VL-2B-Instruct \\
+        --verifier Qwen/Qwen3-VL-8B-Instruct --lr 1e-6 --max-new-tokens 512 --verdict-tokens 64 --micro-batch 1 --out DIR
+
+A round: K candidates an item are sampled from the student; the frozen verifier scores them; the best- and worst-scored
+become a pair; DPO updates the student against its frozen self; pairs with a large margin are replayed. Labels are read
+by the gates and by the watch split, never by the loop.
+
+Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 usage; 1 anything else, SIGTERM included.
+Every random draw is seeded by (--seed, round, what is drawn), so a resumed run repeats an uninterrupted one bit for bit.
+"""
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
+from eval import load_task, score as exact_match, score_answers
+from gate import decide_before, fell_significantly, gate_after, gather_records, measure, proportion
+from model import VLM, Completion, generate, load_vlm, save_vlm
+from model.pairs import PairRows, pack_pairs
+from model.processor import Chat
+from model.run import Interrupted, NonFinite, Ranks, Run, folder_digest
+from model.vlm import FeatureCache
+from replay import REFUSALS, Pair, ReplayBuffer, select_pair
+from tasks import TASKS, Item, demo
+from tasks.flags import check_ranges, flag, parse_flags
+from tasks.splits import Splits, split_items
+from verifier import Score, score_candidates
+
+TINY = Path(__file__).parent / "model" / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAST = 10                                               # the loss "at the end" is the mean of this many steps
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on; --help prints it. The defaults suit the tiny models that are shipped."""
+    # What
+    task: str | None = flag(None, "task to train on (without it: the demo, bar and red)", choices=tuple(TASKS))
+    data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
+    split: str | None = flag(None, "split of the data that all four splits are cut from (default: the task's own)")
+    train_split: str | None = flag(None, "train on the items of this split instead; its answers may be hidden")
+    student: str = flag(str(TINY / "student"), "folder or hub id of the model that is trained")
+    verifier: str = flag(str(TINY / "verifier"), "folder or hub id of the frozen model that scores")
+    out: str | None = flag(None, "folder of the run (default runs/TASK, for the demo runs/demo)")
+    resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
+    force: bool = flag(False, "train even if the gate says BLOCK")
+    seed: int = flag(0, "seed of the splits, the samples and the order of the pairs", low=0)
+    # Gates and splits
+    gate_items: int = flag(200, "items on which the verifier is measured before training", low=1)
+    gate_rule: str = flag("ours", "rule of the gate before training; paper: agreement alone", choices=("ours", "paper"))
+    watch_items: int = flag(200, "items of the curve that the loss hides", low=1)
+    held_out_items: int = flag(500, "items looked at once, at the end", low=1)
+    min_low: float = flag(-0.02, "promote only if the paired 95 % interval's lower end is above this", low=-1, high=1)
+    stop_on_regression: bool = flag(False, "stop (exit 3) once watched accuracy has fallen significantly")
+    # Sampling and scoring
+    rounds: int = flag(3, "rounds of sampling, then training", low=1)
+    items_per_round: int = flag(512, "fresh items a round", low=1)
+    k: int = flag(8, "candidates sampled for an item", low=2)
+    temperature: float = flag(1.0, "sampling temperature of the candidates", low=1e-3, high=1e3)
+    top_p: float = flag(0.9, "nucleus of the candidates, 1 for the whole vocabulary", low=1e-3, high=1)
+    max_new_tokens: int = flag(16, "longest answer of the student, in tokens", low=1)
+    verdict_tokens: int = flag(16, "longest verdict, in tokens", low=1)
+    sample_batch: int = flag(64, "items that are sampled or scored together", low=1)
+    # Pairs and replay
+    min_margin: float = flag(0.5, "margin gate (tau): a pair is replayed only if its scores differ by this", low=0, high=1)
+    capacity: int = flag(2048, "pairs the replay buffer holds, first in, first out", low=1)
+    replay_ratio: float = flag(0.5, "share of a batch that is drawn from the buffer (rho)", low=0, high=0.99)
+    replay: bool = flag(True, "replay high-margin pairs (--no-replay: fresh pairs only)")
+    min_pairs: int = flag(8, "a round with fewer fresh pairs is skipped", low=1)
+    # DPO
+    beta: float = flag(0.1, "strength of the pull to the reference", low=1e-6)
+    loss_type: str = flag("sigmoid", "DPO loss", choices=LOSS_TYPES)
+    label_smoothing: float = flag(0.0, "assumed share of flipped pairs (sigmoid only)", low=0, high=0.5)
+    length_normalised: bool = flag(False, "divide log-probabilities by the completion's length")
+    nll_coefficient: float = flag(0.0, "weight of the chosen completion's negative log-likelihood", low=0)
+    # Optimisation
+    lr: float = flag(1e-4, "peak learning rate; 1e-6 suits a published checkpoint", low=0, high=1)
+    warmup_steps: int = flag(5, "steps of linear warm-up; a cosine to a tenth of the peak follows", low=0)
+    weight_decay: float = flag(0.0, "AdamW weight decay", low=0, high=1)
+    clip: float = flag(1.0, "largest gradient norm", low=1e-6)
+    batch_size: int = flag(32, "pairs a step, over all ranks, replayed ones included", low=1)
+    micro_batch: int = flag(32, "pairs a forward pass on one rank", low=1)
+    epochs: int = flag(3, "passes over a round's fresh pairs", low=1)
+    steps_per_round: int = flag(60, "most steps a round", low=1)
+    trainable: str = flag("language", "what is trained: the language model, or all (the vision tower too)",
+                          choices=("language", "all"))
+    # Looking, saving, machine
+    eval_every: int = flag(10, "steps between looks at the watch split", low=1)
+    save_every: int = flag(20, "steps between checkpoints", low=1)
+    keep: int = flag(2, "checkpoints kept", low=1)
+    device: str | None = flag(None, "cpu, cuda or cuda:N (default: cuda where there is one)")
+    dtype: str | None = flag(None, "of activations (default: bfloat16 on cuda, else float32)", choices=tuple(DTYPES))
+    feature_cache_gb: float = flag(4.0, "memory for image features that are kept between calls, GB", low=0)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise ValueError(f"--label-smoothing {self.label_smoothing} has no meaning with --loss-type ipo")
+
+
+@dataclass
+class State:
+    """Where a run is: with the weights and the optimiser's state, all that a checkpoint holds."""
+    step: int = 0
+    round: int = 0                                      # rounds that are finished
+    position: int = 0                                   # steps of the current round that are done
+    fresh: list[Pair] | None = None                     # the current round's pairs, None until they are made
+    buffer: list[Pair] = field(default_factory=list)    # what the replay buffer holds
+    pre_gate: dict[str, Any] | None = None
+    frozen: list[dict[str, Any]] | None = None          # the frozen student's answers on the held-out split
+    watched: list[bool] = field(default_factory=list)   # which watched items the frozen student gets right
+    losses: list[float] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def main(cfg: Config, ranks: Ranks) -> int:
+    """One run: gate -> [sample -> score -> pair -> replay -> DPO] -> gate. Returns the exit status."""
+    run = Run(Path(cfg.out), ranks, cfg.resume)
+    splits = load_splits(cfg)                                                   # gate, watch, held_out, train: disjoint
+    student, reference, verifier = load_models(cfg, run)                        # trained, frozen, frozen
+    optimiser, replay = make_optimiser(cfg, student), ReplayBuffer(cfg.capacity, cfg.min_margin)
+    state = restore(run, student, optimiser, replay)
+    if state.pre_gate is None:
+        state.pre_gate = gate_before(cfg, run, student, verifier, splits.gate)
+        if state.pre_gate["verdict"] == "BLOCK" and not cfg.force:
+            return finish(run, state, None)                                     # exit 3, nothing trained
+        state.frozen = answers(cfg, run, student, splits.held_out, "frozen student, held out")
+        run.log({"step": 0, **look(cfg, run, student, splits.watch, state)})
+        save(cfg, run, state, student, optimiser, replay)
+    while state.round < cfg.rounds:
+        if state.fresh is None:
+            items = round_items(cfg, splits.train, state.round)
+            candidates = sample(cfg, run, student, items, state.round + 1)      # K completions an item, ids kept
+            scores = score(cfg, run, verifier, items, texts_of(candidates))     # [0, 1] or None
+            pairs = make_pairs(cfg, run, items, candidates, scores, state)
+            state.fresh = with_reference_logps(cfg, run, reference, pairs, splits.by_id)
+            replay.add(state.fresh)                                             # only margins >= min_margin
+            save(cfg, run, state, student, optimiser, replay)
+        for pairs in round_batches(cfg, replay, state)[state.position:]:
+            row = train_step(cfg, run, student, optimiser, pairs, splits.by_id, state)
+            if state.step % cfg.eval_every == 0:
+                row |= look(cfg, run, student, splits.watch, state)             # the curve that the loss hides
+            run.log(row)
+            stop = ranks.any(ranks.stop_requested)
+            if stop or state.step % cfg.save_every == 0:
+                save(cfg, run, state, student, optimiser, replay)
+            if stop:
+                raise Interrupted
+            if state.warnings and cfg.stop_on_regression:
+                return finish(run, state, {"verdict": "REJECT", "reasons": state.warnings})
+        state.round, state.position, state.fresh = state.round + 1, 0, None
+    save(cfg, run, state, student, optimiser, replay)
+    return finish(run, state, deploy_gate(cfg, run, student, splits.held_out, state))   # deploy/ only on PROMOTE
+
+
+# ---- the loop's steps
+
+def load_splits(cfg: Config) -> Splits:
+    """Items of the task in four splits that share neither an id nor a picture."""
+    items = load_task(cfg.task, cfg.data, cfg.split)
+    train = load_task(cfg.task, cfg.data, cfg.train_split) if cfg.train_split else None
+    return split_items(items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
+
+
+def load_models(cfg: Config, run: Run) -> tuple[VLM, VLM, VLM]:
+    """The student (fp32 weights; language model trained), its frozen self, and the frozen verifier."""
+    device = run.ranks.device
+    dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    student = load_vlm(cfg.student, device, torch.float32)
+    reference, verifier = (load_vlm(name, device, dtype).requires_grad_(False) for name in (cfg.student, cfg.verifier))
+    student.compute_dtype = dtype
+    if cfg.trainable == "language":
+        student.tower.requires_grad_(False)
+        student.feature_cache = reference.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out", "device")}
+    run.start(settings | {"reference": folder_digest(student.folder), "scorer": folder_digest(verifier.folder)})
+    return student, reference, verifier
+
+
+def make_optimiser(cfg: Config, student: VLM) -> torch.optim.AdamW:
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=student.device.type == "cuda")
+
+
+def round_items(cfg: Config, train: Sequence[Item], number: int) -> list[Item]:
+    """The round's items: one pass over the shuffled train split, started anew when it ends."""
+    order = random.Random(cfg.seed).sample(range(len(train)), len(train))
+    count = min(cfg.items_per_round, len(train))
+    return [train[order[(number * count + i) % len(train)]] for i in range(count)]
+
+
+def sample(cfg: Config, run: Run, student: VLM, items: Sequence[Item], number: int) -> list[list[Completion]]:
+    """K completions an item. `number` (the round's, 0 for the gate) keeps one round's draws apart from another's."""
+    def part(items: Sequence[Item]) -> list[list[Completion]]:
+        return generate(student, [i.chat() for i in items], n=cfg.k, max_new_tokens=cfg.max_new_tokens,
+                        temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed * 1000 + number)
+    return run.ranks.map(part, items, cfg.sample_batch, "sampling")
+
+
+def texts_of(candidates: Sequence[Sequence[Completion]]) -> list[list[str]]:
+    return [[c.text for c in row] for row in candidates]
+
+
+def score(cfg: Config, run: Run, verifier: VLM, items: Sequence[Item],
+          texts: Sequence[list[str]]) -> list[list[Score]]:
+    """The verifier's verdict on every candidate. Answers of the items are not read."""
+    def ask(chats: list[Chat]) -> list[Completion]:
+        return [c for [c] in generate(verifier, chats, max_new_tokens=cfg.verdict_tokens, temperature=0)]
+
+    def part(asked: Sequence[tuple[Item, list[str]]]) -> list[list[Score]]:
+        return score_candidates(ask, [item.chat() for item, _ in asked], [texts for _, texts in asked])
+    asked = list(zip(items, texts, strict=True))
+    return run.ranks.map(part, asked, cfg.sample_batch, "scoring")
+
+
+def greedy(cfg: Config, run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[Completion]:
+    """One greedy completion an item."""
+    def part(items: Sequence[Item]) -> list[Completion]:
+        return [c for [c] in generate(vlm, [i.chat() for i in items], max_new_tokens=cfg.max_new_tokens, temperature=0)]
+    return run.ranks.map(part, items, cfg.sample_batch, label)
+
+
+def make_pairs(cfg: Config, run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Completion]],
+               scores: Sequence[Sequence[Score]], state: State) -> list[Pair]:
+    """Top and bottom of every item; what was refused is counted by reason. Fewer than --min-pairs are none."""
+    pairs, refused = [], dict.fromkeys(REFUSALS, 0)
+    for item, row, verdicts in zip(items, candidates, scores, strict=True):
+        outcome = select_pair(item.id, [c.text for c in row], [v.value for v in verdicts])
+        if isinstance(outcome, str):
+            refused[outcome] += 1
+            continue
+        top, bottom = outcome
+        pairs.append(Pair(item.id, row[top].token_ids, row[bottom].token_ids, verdicts[top].value,
+                          verdicts[bottom].value, row[top].text, row[bottom].text))
+    unparsed = sum(v.value is None for verdicts in scores for v in verdicts)
+    cut = sum(c.finish_reason == "length" for row in candidates for c in row)
+    number = state.round + 1
+    state.rounds.append({"round": number, "items": len(items), "pairs": len(pairs), "refused": refused,
+                         "unparsed_verdicts": unparsed, "truncated_candidates": cut,
+                         "above_margin": sum(p.margin >= cfg.min_margin for p in pairs)})
+    run.write_lines(f"pairs/round-{number}.jsonl", (asdict(p) | {"margin": p.margin} for p in pairs))
+    run.say(f"round {number}: {len(items)} items, {len(pairs)} pairs, {state.rounds[-1]['above_margin']} above the margin "
+            f"gate; no pair from {', '.join(f'{n} ({why})' for why, n in refused.items())}; {unparsed} verdicts unparsed")
+    if len(pairs) < cfg.min_pairs:
+        run.say(f"round {number} is skipped: fewer than {cfg.min_pairs} pairs")
+    return pairs if len(pairs) >= cfg.min_pairs else []
+
+
+def pair_logps(vlm: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> tuple[PairRows, Tensor, Tensor]:
+    """The packed rows and the summed log-probabilities (B,) of the chosen and the rejected side, fp32."""
+    rows = pack_pairs(vlm.processor, [(by_id[p.item_id].chat(), p.chosen, p.rejected) for p in pairs]).to(vlm.device)
+    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))                        # (B, T, H)
+    logps = sequence_logps(rows.predictors(hidden), vlm.head_weight, rows.targets, rows.mask)
+    return rows, *logps.chunk(2)
+
+
+def with_reference_logps(cfg: Config, run: Run, reference: VLM, pairs: Sequence[Pair],
+                         by_id: dict[str, Item]) -> list[Pair]:
+    """The pairs with the reference's log-probabilities: computed once, however often a pair is replayed."""
+    @torch.no_grad()
+    def part(pairs: Sequence[Pair]) -> list[Pair]:
+        rows, chosen, rejected = pair_logps(reference, pairs, by_id)
+        return [replace(p, reference_chosen_logp=c, reference_rejected_logp=r, reference_key=key)
+                for p, c, r, key in zip(pairs, chosen.tolist(), rejected.tolist(), rows.keys)]
+    return run.ranks.map(part, pairs, cfg.micro_batch, "reference")
+
+
+def round_batches(cfg: Config, replay: ReplayBuffer, state: State) -> list[list[Pair]]:
+    """The steps of the current round; the same again after a resume."""
+    ratio = cfg.replay_ratio if cfg.replay else 0.0
+    return replay.batches(state.fresh, cfg.batch_size, ratio, cfg.epochs, cfg.steps_per_round,
+                          seed=cfg.seed * 1000 + state.round)
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Linear warm-up, then a cosine to a tenth of the peak at the last step that the run may take (step from 1)."""
+    progress = step / (cfg.rounds * cfg.steps_per_round)
+    return cfg.lr * min(step / max(cfg.warmup_steps, 1), 0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def train_step(cfg: Config, run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: Sequence[Pair],
+               by_id: dict[str, Item], state: State) -> dict[str, float]:
+    """One DPO step over `pairs`, shared between ranks and cut into micro-batches, normalised once over all of them.
+
+    Returns the step's metrics. NonFinite, before anything is updated, if loss or gradient is.
+    """
+    mine, parameters = pairs[run.ranks.rank::run.ranks.world], optimiser.param_groups[0]["params"]
+    totals = torch.zeros(len(METRICS), device=student.device)
+    for start in range(0, len(mine), cfg.micro_batch):
+        part = mine[start:start + cfg.micro_batch]
+        rows, *policy = pair_logps(student, part, by_id)
+        if rows.keys != [p.reference_key for p in part]:
+            raise ValueError("a pair's reference log-probabilities belong to another prompt or completion")
+        reference = [torch.tensor([getattr(p, f"reference_{side}_logp") for p in part], device=student.device)
+                     for side in ("chosen", "rejected")]
+        losses, metrics = pair_objective(policy, reference, rows.mask.sum(1).chunk(2), cfg.beta, cfg.label_smoothing,
+                                         cfg.loss_type, cfg.length_normalised, cfg.nll_coefficient)
+        (losses.sum() / len(pairs)).backward()
+        totals += metrics.sum(1)
+    run.ranks.sum_gradients(parameters)
+    means = run.ranks.sum(totals) / len(pairs)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    state.step, state.position = state.step + 1, state.position + 1
+    if not (means.isfinite().all() and norm.isfinite()):
+        raise NonFinite(f"step {state.step}: loss {means[0].item()}, gradient norm {norm.item()}")
+    optimiser.param_groups[0]["lr"] = learning_rate(cfg, state.step)
+    optimiser.step()
+    optimiser.zero_grad()
+    state.losses.append(means[0].item())
+    return {"step": state.step, "round": state.round + 1, **dict(zip(METRICS, means.tolist())),
+            "grad_norm": norm.item(), "lr": optimiser.param_groups[0]["lr"], "pairs": len(pairs)}
+
+
+# ---- looking, saving, deciding
+
+def answers(cfg: Config, run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[dict[str, Any]]:
+    """Greedy answers, scored by exact match."""
+    return [asdict(a) for a in score_answers(items, greedy(cfg, run, vlm, items, label))]
+
+
+def look(cfg: Config, run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[str, Any]:
+    """Accuracy, parse rate and truncation rate on the watch split, and a warning once the loss hides a regression.
+
+    The test is paired and one-sided; its level is 0.05 over the number of looks that are planned.
+    """
+    rows = answers(cfg, run, student, items, "watching")
+    right, mean = [r["correct"] for r in rows], lambda flags: sum(flags) / len(rows)
+    if not state.watched:
+        state.watched = right
+    planned = max(1, cfg.rounds * cfg.steps_per_round // cfg.eval_every)
+    fell = state.losses and mean_loss(state.losses) < state.losses[0]
+    if fell and fell_significantly(state.watched, right, 0.05 / planned):
+        state.warnings.append(f"step {state.step}: the loss fell from {state.losses[0]:.3f} to "
+                              f"{mean_loss(state.losses):.3f} while watched accuracy fell from {mean(state.watched):.3f} "
+                              f"to {mean(right):.3f}")
+        run.say(f"WARNING {state.warnings[-1]}")
+    return {"eval/accuracy": mean(right), "eval/parse_rate": mean(r["answer"] is not None for r in rows),
+            "eval/truncation_rate": mean(r["finish_reason"] == "length" for r in rows)}
+
+
+def gate_before(cfg: Config, run: Run, student: VLM, verifier: VLM, items: Sequence[Item]) -> dict[str, Any]:
+    """Measure the verifier on the target task; the records are kept, `gate.py --records` reads them again."""
+    records = gather_records(
+        items, greedy=lambda items: greedy(cfg, run, student, items, "gate: student"),
+        sample=lambda items: sample(cfg, run, student, items, 0),
+        score=lambda items, texts: score(cfg, run, verifier, items, texts),
+        own=lambda items: greedy(cfg, run, verifier, items, "gate: verifier"), correct=exact_match)
+    run.write_lines("gate_records.jsonl", records)
+    measures = measure(records, select_pair, cfg.min_margin)
+    decision = decide_before(measures, cfg.gate_rule)
+    run.say(f"gate before training: {decision.verdict}\n" + "\n".join(f"  - {why}" for why in decision.reasons))
+    return {"verdict": decision.verdict, "reasons": decision.reasons,
+            "published_verdict": decide_before(measures, "paper").verdict, **measures}
+
+
+def deploy_gate(cfg: Config, run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[str, Any]:
+    """Evaluate the student as it would be deployed, saved dtype included, beside its frozen self; deploy on PROMOTE."""
+    candidate = run.folder / "candidate"
+    if run.ranks.first:
+        save_vlm(student, candidate, student.file_dtype)
+    run.ranks.barrier()
+    deployed = load_vlm(candidate, run.ranks.device, student.dtype)
+    trained = answers(cfg, run, deployed, items, "trained student, held out")
+    decision = gate_after([r["correct"] for r in state.frozen], [r["correct"] for r in trained], state.step > 0,
+                          cfg.min_low)
+    run.write_lines("held_out.jsonl", ({"id": b["id"], "frozen": b, "trained": a} for b, a in zip(state.frozen, trained)))
+    run.settle(candidate, keep=decision.verdict == "PROMOTE")
+    return {"verdict": decision.verdict, "reasons": decision.reasons, **decision.measures}
+
+
+def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
+    """Write summary.json, say the outcome, return the exit status."""
+    frozen = [r["correct"] for r in state.frozen or ()]
+    summary = {"task": run.config["task"], "pre_gate": state.pre_gate, "post_gate": post_gate,
+               "baseline_accuracy": proportion(sum(frozen), len(frozen)) if frozen else None,
+               "final_accuracy": post_gate.get("final_accuracy") if post_gate else None,
+               "loss_first": state.losses[0] if state.losses else None,
+               "loss_last": mean_loss(state.losses) if state.losses else None,
+               "steps": state.step, "rounds": state.rounds, "warnings": state.warnings}
+    run.write("summary.json", summary)
+    if post_gate is None:
+        run.say("nothing was trained; --force trains all the same")
+        return 3
+    run.say(f"gate after training: {post_gate['verdict']}\n" + "\n".join(f"  - {why}" for why in post_gate["reasons"]))
+    return 0 if post_gate["verdict"] == "PROMOTE" else 3
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """The mean of the last ten."""
+    return sum(losses[-LAST:]) / len(losses[-LAST:])
+
+
+def save(cfg: Config, run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer,
+         replay: ReplayBuffer) -> None:
+    """Checkpoint: the weights that are trained, the optimiser, and the state with its pairs."""
+    state.buffer = list(replay.pairs)
+    trained = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+    run.save(f"step-{state.step:06d}" + ("-pairs" if state.fresh and not state.position else ""),
+             {"step": state.step, "state": asdict(state), "model": trained, "optimiser": optimiser.state_dict()}, cfg.keep)
+
+
+def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
+    """The newest checkpoint's state, weights and optimiser; a new state where there is none."""
+    saved = run.load()
+    if saved is None:
+        return State()
+    for name, tensor in saved["model"].items():
+        student.get_parameter(name).data.copy_(tensor)
+    optimiser.load_state_dict(saved["optimiser"])
+    state = State(**saved["state"])
+    replay.pairs.extend(Pair(**p) for p in state.buffer)
+    state.fresh = None if state.fresh is None else [Pair(**p) for p in state.fresh]
+    run.say(f"resumed at step {state.step}")
+    return state
+
+
+def cli() -> int:
+    """Parse the flags, run, and turn what can go wrong into one sentence and an exit status."""
+    cfg = parse_flags(Config, __doc__)
+    try:
+        ranks = Ranks(cfg.device)
+        if cfg.task is None:
+            return demo.run(main, cfg, ranks)
+        return main(cfg if cfg.out else replace(cfg, out=f"runs/{cfg.task}"), ranks)
+    except Interrupted:
+        message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
+    except FileExistsError as error:
+        message, status = str(error), 2
+    except (ValueError, OSError, NonFinite) as error:
+        message, status = str(error), 1
+    print(f"train.py: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
