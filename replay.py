@@ -18,6 +18,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 REFUSALS = ("unparsed", "tie", "same_text")     # why an item yields no pair, in the order of the checks
 
@@ -65,6 +66,24 @@ def select_pair(item_id: str, texts: Sequence[str], scores: Sequence[float | Non
     top = min((k for k in scored if scores[k] == high), key=draw)
     bottom = min((k for k in scored if scores[k] == low), key=draw)
     return "same_text" if texts[top] == texts[bottom] else (top, bottom)
+
+
+def form_pairs(item_ids: Sequence[str], candidates: Sequence[Sequence[Any]],
+               scores: Sequence[Sequence[Any]]) -> tuple[list[Pair], dict[str, int]]:
+    """The pair of every item that gives one, and how many items gave none, by reason (of REFUSALS).
+
+    A candidate has `.token_ids` and `.text`, a score `.value`: a number in [0, 1], or None where nothing was parsed.
+    """
+    pairs, refused = [], dict.fromkeys(REFUSALS, 0)
+    for item_id, row, verdicts in zip(item_ids, candidates, scores, strict=True):
+        outcome = select_pair(item_id, [c.text for c in row], [v.value for v in verdicts])
+        if isinstance(outcome, str):
+            refused[outcome] += 1
+        else:
+            top, bottom = outcome
+            pairs.append(Pair(item_id, row[top].token_ids, row[bottom].token_ids, verdicts[top].value,
+                              verdicts[bottom].value, row[top].text, row[bottom].text))
+    return pairs, refused
 
 
 class ReplayBuffer:

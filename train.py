@@ -2,8 +2,8 @@
 
     python train.py                                        the demo: a task that works and one that fails silently
     python train.py --task bar --out runs/bar              one run on the shipped tiny models
-    torchrun --nproc-per-node 8 train.py --task mathvista --data DIR --student Qwen/Qwen3-VL-2B-Instruct \\
-        --verifier Qwen/Qwen3-VL-8B-Instruct --lr 1e-6 --max-new-tokens 512 --verdict-tokens 64 --micro-batch 1 --out DIR
+    torchrun --nproc-per-node 8 train.py --task mathvista --data DIR --out DIR --lr 1e-6 --max-new-tokens 512 \\
+        --verdict-tokens 64 --micro-batch 1 --student Qwen/Qwen3-VL-2B-Instruct --verifier Qwen/Qwen3-VL-8B-Instruct
 
 A round: K candidates an item are sampled from the student; the frozen verifier scores them; the best- and worst-scored
 become a pair; DPO updates the student against its frozen self; pairs with a large margin are replayed. Labels are read
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from model.pairs import PairRows, pack_pairs
 from model.processor import Chat
 from model.run import Interrupted, NonFinite, Ranks, Run, folder_digest
 from model.vlm import FeatureCache
-from replay import REFUSALS, Pair, ReplayBuffer, select_pair
+from replay import Pair, ReplayBuffer, form_pairs, select_pair
 from tasks import TASKS, Item, demo
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.splits import Splits, split_items
@@ -87,7 +88,7 @@ class Config:
     length_normalised: bool = flag(False, "divide log-probabilities by the completion's length")
     nll_coefficient: float = flag(0.0, "weight of the chosen completion's negative log-likelihood", low=0)
     # Optimisation
-    lr: float = flag(1e-4, "peak learning rate; 1e-6 suits a published checkpoint", low=0, high=1)
+    lr: float = flag(3e-5, "peak learning rate; 1e-6 suits a published checkpoint", low=0, high=1)
     warmup_steps: int = flag(5, "steps of linear warm-up; a cosine to a tenth of the peak follows", low=0)
     weight_decay: float = flag(0.0, "AdamW weight decay", low=0, high=1)
     clip: float = flag(1.0, "largest gradient norm", low=1e-6)
@@ -118,7 +119,7 @@ class State:
     round: int = 0                                      # rounds that are finished
     position: int = 0                                   # steps of the current round that are done
     fresh: list[Pair] | None = None                     # the current round's pairs, None until they are made
-    buffer: list[Pair] = field(default_factory=list)    # what the replay buffer holds
+    buffer: list[Pair] = field(default_factory=list)    # what the replay buffer held when this was saved
     pre_gate: dict[str, Any] | None = None
     frozen: list[dict[str, Any]] | None = None          # the frozen student's answers on the held-out split
     watched: list[bool] = field(default_factory=list)   # which watched items the frozen student gets right
@@ -129,45 +130,47 @@ class State:
 
 def main(cfg: Config, ranks: Ranks) -> int:
     """One run: gate -> [sample -> score -> pair -> replay -> DPO] -> gate. Returns the exit status."""
-    run = Run(Path(cfg.out), ranks, cfg.resume)
+    run = Run(cfg, ranks)
     splits = load_splits(cfg)                                                   # gate, watch, held_out, train: disjoint
-    student, reference, verifier = load_models(cfg, run)                        # trained, frozen, frozen
+    student, reference, verifier = load_models(run)                             # trained, frozen, frozen
     optimiser, replay = make_optimiser(cfg, student), ReplayBuffer(cfg.capacity, cfg.min_margin)
     state = restore(run, student, optimiser, replay)
     if state.pre_gate is None:
-        state.pre_gate = gate_before(cfg, run, student, verifier, splits.gate)
+        state.pre_gate = gate_before(run, student, verifier, splits.gate)
         if state.pre_gate["verdict"] == "BLOCK" and not cfg.force:
             return finish(run, state, None)                                     # exit 3, nothing trained
-        state.frozen = answers(cfg, run, student, splits.held_out, "frozen student, held out")
-        run.log({"step": 0, **look(cfg, run, student, splits.watch, state)})
-        save(cfg, run, state, student, optimiser, replay)
+        state.frozen = answers(run, student, splits.held_out, "frozen student, held out")
+        run.log({"step": 0, **look(run, student, splits.watch, state)})
+        save(run, state, student, optimiser, replay)
     while state.round < cfg.rounds:
         if state.fresh is None:
             items = round_items(cfg, splits.train, state.round)
-            candidates = sample(cfg, run, student, items, state.round + 1)      # K completions an item, ids kept
-            scores = score(cfg, run, verifier, items, texts_of(candidates))     # [0, 1] or None
-            pairs = make_pairs(cfg, run, items, candidates, scores, state)
-            state.fresh = with_reference_logps(cfg, run, reference, pairs, splits.by_id)
+            candidates = sample(run, student, items, state.round + 1)           # K completions an item, ids kept
+            texts = [[completion.text for completion in row] for row in candidates]
+            scores = score(run, verifier, items, texts)                         # [0, 1] or None
+            pairs = make_pairs(run, items, candidates, scores, state)
+            state.fresh = with_reference_logps(run, reference, pairs, splits.by_id)
             replay.add(state.fresh)                                             # only margins >= min_margin
-            save(cfg, run, state, student, optimiser, replay)
-        for pairs in round_batches(cfg, replay, state)[state.position:]:
-            row = train_step(cfg, run, student, optimiser, pairs, splits.by_id, state)
-            if state.step % cfg.eval_every == 0:
-                row |= look(cfg, run, student, splits.watch, state)             # the curve that the loss hides
+            save(run, state, student, optimiser, replay)
+        batches = round_batches(cfg, replay, state)
+        for pairs in batches[state.position:]:
+            row = train_step(run, student, optimiser, pairs, splits.by_id, state)
+            if state.step % cfg.eval_every == 0 or state.position == len(batches):
+                row |= look(run, student, splits.watch, state)                  # the curve that the loss hides
             run.log(row)
             stop = ranks.any(ranks.stop_requested)
             if stop or state.step % cfg.save_every == 0:
-                save(cfg, run, state, student, optimiser, replay)
+                save(run, state, student, optimiser, replay)
             if stop:
                 raise Interrupted
             if state.warnings and cfg.stop_on_regression:
                 return finish(run, state, {"verdict": "REJECT", "reasons": state.warnings})
         state.round, state.position, state.fresh = state.round + 1, 0, None
-    save(cfg, run, state, student, optimiser, replay)
-    return finish(run, state, deploy_gate(cfg, run, student, splits.held_out, state))   # deploy/ only on PROMOTE
+    save(run, state, student, optimiser, replay)
+    return finish(run, state, deploy_gate(run, student, splits.held_out, state))        # deploy/ only on PROMOTE
 
 
-# ---- the loop's steps
+# ---- before the loop
 
 def load_splits(cfg: Config) -> Splits:
     """Items of the task in four splits that share neither an id nor a picture."""
@@ -176,9 +179,9 @@ def load_splits(cfg: Config) -> Splits:
     return split_items(items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
 
 
-def load_models(cfg: Config, run: Run) -> tuple[VLM, VLM, VLM]:
-    """The student (fp32 weights; language model trained), its frozen self, and the frozen verifier."""
-    device = run.ranks.device
+def load_models(run: Run) -> tuple[VLM, VLM, VLM]:
+    """The student (fp32 weights; its language model trained), its frozen self, and the frozen verifier."""
+    cfg, device = run.cfg, run.ranks.device
     dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     student = load_vlm(cfg.student, device, torch.float32)
     reference, verifier = (load_vlm(name, device, dtype).requires_grad_(False) for name in (cfg.student, cfg.verifier))
@@ -186,78 +189,74 @@ def load_models(cfg: Config, run: Run) -> tuple[VLM, VLM, VLM]:
     if cfg.trainable == "language":
         student.tower.requires_grad_(False)
         student.feature_cache = reference.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out", "device")}
-    run.start(settings | {"reference": folder_digest(student.folder), "scorer": folder_digest(verifier.folder)})
+    run.start(reference=folder_digest(student.folder), scorer=folder_digest(verifier.folder))
     return student, reference, verifier
 
 
 def make_optimiser(cfg: Config, student: VLM) -> torch.optim.AdamW:
+    """AdamW over what is trained, fused on CUDA."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=student.device.type == "cuda")
 
 
+def gate_before(run: Run, student: VLM, verifier: VLM, items: Sequence[Item]) -> dict[str, Any]:
+    """Measure the verifier on the target task; the records are kept, `gate.py --records` reads them again."""
+    records = gather_records(
+        items, greedy=lambda items: greedy(run, student, items, "gate: student"),
+        sample=lambda items: sample(run, student, items, 0), score=lambda *asked: score(run, verifier, *asked),
+        own=lambda items: greedy(run, verifier, items, "gate: verifier"), correct=exact_match)
+    run.write_lines("gate_records.jsonl", records)
+    measures = measure(records, select_pair, run.cfg.min_margin)
+    decision = decide_before(measures, run.cfg.gate_rule)
+    run.say_all(f"gate before training: {decision.verdict}", decision.reasons)
+    return {"verdict": decision.verdict, "reasons": decision.reasons,
+            "published_verdict": decide_before(measures, "paper").verdict, **measures}
+
+
+# ---- the loop's steps
+
 def round_items(cfg: Config, train: Sequence[Item], number: int) -> list[Item]:
-    """The round's items: one pass over the shuffled train split, started anew when it ends."""
+    """The items of round `number` (from 0): one pass over the shuffled train split, started anew when it ends."""
     order = random.Random(cfg.seed).sample(range(len(train)), len(train))
     count = min(cfg.items_per_round, len(train))
     return [train[order[(number * count + i) % len(train)]] for i in range(count)]
 
 
-def sample(cfg: Config, run: Run, student: VLM, items: Sequence[Item], number: int) -> list[list[Completion]]:
+def sample(run: Run, student: VLM, items: Sequence[Item], number: int) -> list[list[Completion]]:
     """K completions an item. `number` (the round's, 0 for the gate) keeps one round's draws apart from another's."""
-    def part(items: Sequence[Item]) -> list[list[Completion]]:
-        return generate(student, [i.chat() for i in items], n=cfg.k, max_new_tokens=cfg.max_new_tokens,
-                        temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed * 1000 + number)
-    return run.ranks.map(part, items, cfg.sample_batch, "sampling")
+    return run.ask(student, items, "sampling", n=run.cfg.k, temperature=run.cfg.temperature, top_p=run.cfg.top_p,
+                   seed=run.cfg.seed * 1000 + number)
 
 
-def texts_of(candidates: Sequence[Sequence[Completion]]) -> list[list[str]]:
-    return [[c.text for c in row] for row in candidates]
+def greedy(run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[Completion]:
+    """One greedy completion an item."""
+    return [completion for [completion] in run.ask(vlm, items, label, temperature=0)]
 
 
-def score(cfg: Config, run: Run, verifier: VLM, items: Sequence[Item],
-          texts: Sequence[list[str]]) -> list[list[Score]]:
-    """The verifier's verdict on every candidate. Answers of the items are not read."""
+def score(run: Run, verifier: VLM, items: Sequence[Item], texts: Sequence[list[str]]) -> list[list[Score]]:
+    """The verifier's verdict on every candidate text of every item. The items' answers are not read."""
     def ask(chats: list[Chat]) -> list[Completion]:
-        return [c for [c] in generate(verifier, chats, max_new_tokens=cfg.verdict_tokens, temperature=0)]
+        outs = generate(verifier, chats, max_new_tokens=run.cfg.verdict_tokens, temperature=0)
+        return [completion for [completion] in outs]
 
     def part(asked: Sequence[tuple[Item, list[str]]]) -> list[list[Score]]:
-        return score_candidates(ask, [item.chat() for item, _ in asked], [texts for _, texts in asked])
-    asked = list(zip(items, texts, strict=True))
-    return run.ranks.map(part, asked, cfg.sample_batch, "scoring")
+        return score_candidates(ask, [item.chat() for item, _ in asked], [row for _, row in asked])
+    return run.ranks.map(part, list(zip(items, texts, strict=True)), run.cfg.sample_batch, "scoring")
 
 
-def greedy(cfg: Config, run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[Completion]:
-    """One greedy completion an item."""
-    def part(items: Sequence[Item]) -> list[Completion]:
-        return [c for [c] in generate(vlm, [i.chat() for i in items], max_new_tokens=cfg.max_new_tokens, temperature=0)]
-    return run.ranks.map(part, items, cfg.sample_batch, label)
-
-
-def make_pairs(cfg: Config, run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Completion]],
+def make_pairs(run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Completion]],
                scores: Sequence[Sequence[Score]], state: State) -> list[Pair]:
-    """Top and bottom of every item; what was refused is counted by reason. Fewer than --min-pairs are none."""
-    pairs, refused = [], dict.fromkeys(REFUSALS, 0)
-    for item, row, verdicts in zip(items, candidates, scores, strict=True):
-        outcome = select_pair(item.id, [c.text for c in row], [v.value for v in verdicts])
-        if isinstance(outcome, str):
-            refused[outcome] += 1
-            continue
-        top, bottom = outcome
-        pairs.append(Pair(item.id, row[top].token_ids, row[bottom].token_ids, verdicts[top].value,
-                          verdicts[bottom].value, row[top].text, row[bottom].text))
-    unparsed = sum(v.value is None for verdicts in scores for v in verdicts)
-    cut = sum(c.finish_reason == "length" for row in candidates for c in row)
-    number = state.round + 1
-    state.rounds.append({"round": number, "items": len(items), "pairs": len(pairs), "refused": refused,
-                         "unparsed_verdicts": unparsed, "truncated_candidates": cut,
-                         "above_margin": sum(p.margin >= cfg.min_margin for p in pairs)})
+    """Top and bottom of every item; everything that was refused is counted. Fewer than --min-pairs are none."""
+    pairs, refused = form_pairs([item.id for item in items], candidates, scores)
+    number, few = len(state.rounds) + 1, len(pairs) < run.cfg.min_pairs
+    counts = {"items": len(items), "pairs": len(pairs), **refused,
+              "above_margin": sum(p.margin >= run.cfg.min_margin for p in pairs),
+              "verdicts_unparsed": sum(v.value is None for verdicts in scores for v in verdicts),
+              "candidates_truncated": sum(c.finish_reason == "length" for row in candidates for c in row)}
+    state.rounds.append({"round": number, **counts, "skipped": few})
     run.write_lines(f"pairs/round-{number}.jsonl", (asdict(p) | {"margin": p.margin} for p in pairs))
-    run.say(f"round {number}: {len(items)} items, {len(pairs)} pairs, {state.rounds[-1]['above_margin']} above the margin "
-            f"gate; no pair from {', '.join(f'{n} ({why})' for why, n in refused.items())}; {unparsed} verdicts unparsed")
-    if len(pairs) < cfg.min_pairs:
-        run.say(f"round {number} is skipped: fewer than {cfg.min_pairs} pairs")
-    return pairs if len(pairs) >= cfg.min_pairs else []
+    run.say(f"round {number}: " + ", ".join(f"{what} {n}" for what, n in counts.items()) + ("; skipped" if few else ""))
+    return [] if few else pairs
 
 
 def pair_logps(vlm: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> tuple[PairRows, Tensor, Tensor]:
@@ -268,15 +267,14 @@ def pair_logps(vlm: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> tuple
     return rows, *logps.chunk(2)
 
 
-def with_reference_logps(cfg: Config, run: Run, reference: VLM, pairs: Sequence[Pair],
-                         by_id: dict[str, Item]) -> list[Pair]:
+def with_reference_logps(run: Run, reference: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> list[Pair]:
     """The pairs with the reference's log-probabilities: computed once, however often a pair is replayed."""
     @torch.no_grad()
     def part(pairs: Sequence[Pair]) -> list[Pair]:
         rows, chosen, rejected = pair_logps(reference, pairs, by_id)
         return [replace(p, reference_chosen_logp=c, reference_rejected_logp=r, reference_key=key)
                 for p, c, r, key in zip(pairs, chosen.tolist(), rejected.tolist(), rows.keys)]
-    return run.ranks.map(part, pairs, cfg.micro_batch, "reference")
+    return run.ranks.map(part, pairs, run.cfg.micro_batch, "reference")
 
 
 def round_batches(cfg: Config, replay: ReplayBuffer, state: State) -> list[list[Pair]]:
@@ -292,125 +290,109 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.lr * min(step / max(cfg.warmup_steps, 1), 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def train_step(cfg: Config, run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: Sequence[Pair],
+def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: Sequence[Pair],
                by_id: dict[str, Item], state: State) -> dict[str, float]:
     """One DPO step over `pairs`, shared between ranks and cut into micro-batches, normalised once over all of them.
 
-    Returns the step's metrics. NonFinite, before anything is updated, if loss or gradient is.
+    Returns the step's metrics; raises NonFinite, before anything is updated, if the loss or the gradient is.
     """
-    mine, parameters = pairs[run.ranks.rank::run.ranks.world], optimiser.param_groups[0]["params"]
-    totals = torch.zeros(len(METRICS), device=student.device)
+    cfg, ranks, parameters = run.cfg, run.ranks, optimiser.param_groups[0]["params"]
+    mine, totals = pairs[ranks.rank::ranks.world], torch.zeros(len(METRICS), device=student.device)
     for start in range(0, len(mine), cfg.micro_batch):
         part = mine[start:start + cfg.micro_batch]
         rows, *policy = pair_logps(student, part, by_id)
         if rows.keys != [p.reference_key for p in part]:
-            raise ValueError("a pair's reference log-probabilities belong to another prompt or completion")
-        reference = [torch.tensor([getattr(p, f"reference_{side}_logp") for p in part], device=student.device)
-                     for side in ("chosen", "rejected")]
+            raise ValueError("a pair's reference log-probabilities belong to another prompt, picture or completion")
+        reference = torch.tensor([(p.reference_chosen_logp, p.reference_rejected_logp) for p in part],
+                                 device=student.device).unbind(1)
         losses, metrics = pair_objective(policy, reference, rows.mask.sum(1).chunk(2), cfg.beta, cfg.label_smoothing,
                                          cfg.loss_type, cfg.length_normalised, cfg.nll_coefficient)
         (losses.sum() / len(pairs)).backward()
         totals += metrics.sum(1)
-    run.ranks.sum_gradients(parameters)
-    means = run.ranks.sum(totals) / len(pairs)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    ranks.sum_gradients(parameters)
+    means = (ranks.sum(totals) / len(pairs)).tolist()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip).item()
     state.step, state.position = state.step + 1, state.position + 1
-    if not (means.isfinite().all() and norm.isfinite()):
-        raise NonFinite(f"step {state.step}: loss {means[0].item()}, gradient norm {norm.item()}")
-    optimiser.param_groups[0]["lr"] = learning_rate(cfg, state.step)
+    if not all(map(math.isfinite, (*means, norm))):
+        raise NonFinite(f"step {state.step}: the loss is {means[0]}, the gradient's norm {norm}; nothing was updated, "
+                        "the newest checkpoint is from before")
+    rate = optimiser.param_groups[0]["lr"] = learning_rate(cfg, state.step)
     optimiser.step()
     optimiser.zero_grad()
-    state.losses.append(means[0].item())
-    return {"step": state.step, "round": state.round + 1, **dict(zip(METRICS, means.tolist())),
-            "grad_norm": norm.item(), "lr": optimiser.param_groups[0]["lr"], "pairs": len(pairs)}
+    state.losses.append(means[0])
+    return {"step": state.step, "round": state.round + 1, **dict(zip(METRICS, means)), "grad_norm": norm, "lr": rate,
+            "pairs": len(pairs)}
 
 
-# ---- looking, saving, deciding
+# ---- looking, deciding, saving
 
-def answers(cfg: Config, run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[dict[str, Any]]:
+def answers(run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[dict[str, Any]]:
     """Greedy answers, scored by exact match."""
-    return [asdict(a) for a in score_answers(items, greedy(cfg, run, vlm, items, label))]
+    return [asdict(answer) for answer in score_answers(items, greedy(run, vlm, items, label))]
 
 
-def look(cfg: Config, run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[str, Any]:
+def look(run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[str, Any]:
     """Accuracy, parse rate and truncation rate on the watch split, and a warning once the loss hides a regression.
 
     The test is paired and one-sided; its level is 0.05 over the number of looks that are planned.
     """
-    rows = answers(cfg, run, student, items, "watching")
-    right, mean = [r["correct"] for r in rows], lambda flags: sum(flags) / len(rows)
-    if not state.watched:
-        state.watched = right
-    planned = max(1, cfg.rounds * cfg.steps_per_round // cfg.eval_every)
-    fell = state.losses and mean_loss(state.losses) < state.losses[0]
+    rows = answers(run, student, items, "watching")
+    right = [row["correct"] for row in rows]
+    state.watched = state.watched or right                                      # the first look is the frozen student's
+    planned = run.cfg.rounds * (run.cfg.steps_per_round // run.cfg.eval_every + 1)
+    fell = bool(state.losses) and mean_loss(state) < state.losses[0]
     if fell and fell_significantly(state.watched, right, 0.05 / planned):
-        state.warnings.append(f"step {state.step}: the loss fell from {state.losses[0]:.3f} to "
-                              f"{mean_loss(state.losses):.3f} while watched accuracy fell from {mean(state.watched):.3f} "
-                              f"to {mean(right):.3f}")
+        state.warnings.append(f"step {state.step}: the loss fell from {state.losses[0]:.3f} to {mean_loss(state):.3f} "
+                              f"while watched accuracy fell from {mean(state.watched):.3f} to {mean(right):.3f}")
         run.say(f"WARNING {state.warnings[-1]}")
-    return {"eval/accuracy": mean(right), "eval/parse_rate": mean(r["answer"] is not None for r in rows),
-            "eval/truncation_rate": mean(r["finish_reason"] == "length" for r in rows)}
+    return {"eval/accuracy": mean(right), "eval/parse_rate": mean(row["answer"] is not None for row in rows),
+            "eval/truncation_rate": mean(row["finish_reason"] == "length" for row in rows)}
 
 
-def gate_before(cfg: Config, run: Run, student: VLM, verifier: VLM, items: Sequence[Item]) -> dict[str, Any]:
-    """Measure the verifier on the target task; the records are kept, `gate.py --records` reads them again."""
-    records = gather_records(
-        items, greedy=lambda items: greedy(cfg, run, student, items, "gate: student"),
-        sample=lambda items: sample(cfg, run, student, items, 0),
-        score=lambda items, texts: score(cfg, run, verifier, items, texts),
-        own=lambda items: greedy(cfg, run, verifier, items, "gate: verifier"), correct=exact_match)
-    run.write_lines("gate_records.jsonl", records)
-    measures = measure(records, select_pair, cfg.min_margin)
-    decision = decide_before(measures, cfg.gate_rule)
-    run.say(f"gate before training: {decision.verdict}\n" + "\n".join(f"  - {why}" for why in decision.reasons))
-    return {"verdict": decision.verdict, "reasons": decision.reasons,
-            "published_verdict": decide_before(measures, "paper").verdict, **measures}
+def mean_loss(state: State) -> float:
+    """The loss "at the end": the mean of the last ten steps."""
+    return mean(state.losses[-LAST:])
 
 
-def deploy_gate(cfg: Config, run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[str, Any]:
+def deploy_gate(run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[str, Any]:
     """Evaluate the student as it would be deployed, saved dtype included, beside its frozen self; deploy on PROMOTE."""
     candidate = run.folder / "candidate"
     if run.ranks.first:
         save_vlm(student, candidate, student.file_dtype)
     run.ranks.barrier()
     deployed = load_vlm(candidate, run.ranks.device, student.dtype)
-    trained = answers(cfg, run, deployed, items, "trained student, held out")
-    decision = gate_after([r["correct"] for r in state.frozen], [r["correct"] for r in trained], state.step > 0,
-                          cfg.min_low)
-    run.write_lines("held_out.jsonl", ({"id": b["id"], "frozen": b, "trained": a} for b, a in zip(state.frozen, trained)))
+    trained = answers(run, deployed, items, "trained student, held out")
+    decision = gate_after([a["correct"] for a in state.frozen], [a["correct"] for a in trained], state.step > 0,
+                          run.cfg.min_low)
+    both = zip(state.frozen, trained, strict=True)
+    run.write_lines("held_out.jsonl", ({"id": old["id"], "frozen": old, "trained": new} for old, new in both))
     run.settle(candidate, keep=decision.verdict == "PROMOTE")
     return {"verdict": decision.verdict, "reasons": decision.reasons, **decision.measures}
 
 
 def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
     """Write summary.json, say the outcome, return the exit status."""
-    frozen = [r["correct"] for r in state.frozen or ()]
-    summary = {"task": run.config["task"], "pre_gate": state.pre_gate, "post_gate": post_gate,
-               "baseline_accuracy": proportion(sum(frozen), len(frozen)) if frozen else None,
-               "final_accuracy": post_gate.get("final_accuracy") if post_gate else None,
-               "loss_first": state.losses[0] if state.losses else None,
-               "loss_last": mean_loss(state.losses) if state.losses else None,
-               "steps": state.step, "rounds": state.rounds, "warnings": state.warnings}
-    run.write("summary.json", summary)
+    frozen = [a["correct"] for a in state.frozen or ()]
+    run.write("summary.json", {
+        "task": run.cfg.task, "pre_gate": state.pre_gate, "post_gate": post_gate,
+        "baseline_accuracy": proportion(sum(frozen), len(frozen)) if frozen else None,
+        "final_accuracy": post_gate.get("final_accuracy") if post_gate else None,
+        "loss_first": state.losses[0] if state.losses else None,
+        "loss_last": mean_loss(state) if state.losses else None,
+        "steps": state.step, "rounds": state.rounds, "warnings": state.warnings})
     if post_gate is None:
         run.say("nothing was trained; --force trains all the same")
         return 3
-    run.say(f"gate after training: {post_gate['verdict']}\n" + "\n".join(f"  - {why}" for why in post_gate["reasons"]))
+    run.say_all(f"gate after training: {post_gate['verdict']}", post_gate["reasons"])
     return 0 if post_gate["verdict"] == "PROMOTE" else 3
 
 
-def mean_loss(losses: Sequence[float]) -> float:
-    """The mean of the last ten."""
-    return sum(losses[-LAST:]) / len(losses[-LAST:])
-
-
-def save(cfg: Config, run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer,
-         replay: ReplayBuffer) -> None:
+def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> None:
     """Checkpoint: the weights that are trained, the optimiser, and the state with its pairs."""
     state.buffer = list(replay.pairs)
     trained = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
-    run.save(f"step-{state.step:06d}" + ("-pairs" if state.fresh and not state.position else ""),
-             {"step": state.step, "state": asdict(state), "model": trained, "optimiser": optimiser.state_dict()}, cfg.keep)
+    run.save(f"step-{state.step:06d}-{len(state.rounds):03d}",
+             {"step": state.step, "state": asdict(state), "model": trained, "optimiser": optimiser.state_dict()})
 
 
 def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
@@ -432,10 +414,10 @@ def cli() -> int:
     """Parse the flags, run, and turn what can go wrong into one sentence and an exit status."""
     cfg = parse_flags(Config, __doc__)
     try:
-        ranks = Ranks(cfg.device)
-        if cfg.task is None:
-            return demo.run(main, cfg, ranks)
-        return main(cfg if cfg.out else replace(cfg, out=f"runs/{cfg.task}"), ranks)
+        with Ranks(cfg.device) as ranks:
+            if cfg.task is None:
+                return demo.run(main, cfg, ranks)
+            return main(cfg if cfg.out else replace(cfg, out=f"runs/{cfg.task}"), ranks)
     except Interrupted:
         message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
     except FileExistsError as error:

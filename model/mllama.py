@@ -207,23 +207,27 @@ class Mllama(VLM):
         self.check_placeholders(batch, [1] * len(features))
         if not features:
             return None
-        device, states, owners, tiles = self.device, [], [], self.model["vision_model"].tokens
-        entries = iter(zip(features, batch.in_order))
+        states, owners, entries = [], [], iter(zip(features, batch.in_order))
         for placed in batch.placed:
-            own = [next(entries) for _ in placed]
-            states.append(torch.cat([f for f, _ in own]) if own else features[0][:0])     # (S of the chat, H)
-            owner = [torch.where(torch.arange(len(f)) < tiles * p.grid[1] * p.grid[2], j, -1 - j)
-                     for j, (f, p) in enumerate(own)]                   # its picture's number; -1 - j in unused tiles
-            owners.append(torch.cat(owner) if own else torch.zeros(0, dtype=torch.long))
+            chosen = [next(entries) for _ in placed]
+            states.append(torch.cat([f for f, _ in chosen]) if chosen else features[0][:0])       # (S of the chat, H)
+            owners.append(self.owners([(len(f), p) for f, p in chosen]))
         nobody = -1 - batch.sees.shape[2]
-        owner = pad_sequence(owners, batch_first=True, padding_value=nobody).to(device)   # (B, S)
-        seen = batch.sees.take_along_dim(owner.clamp(min=0)[:, None], 2) & (owner >= 0)[:, None]      # (B, T, S)
-        live = batch.sees.any(2, keepdim=True)                                            # (B, T, 1)
-        attends = live
+        owner = pad_sequence(owners, batch_first=True, padding_value=nobody).to(self.device)      # (B, S)
+        seen = batch.sees.take_along_dim(owner.clamp(min=0)[:, None], 2) & (owner >= 0)[:, None]  # (B, T, S)
+        live = attends = batch.sees.any(2, keepdim=True)                                          # (B, T, 1)
         if self.follow == "transformers":
-            own = (owner > nobody)[:, None]                                               # (B, 1, S)
+            own = (owner > nobody)[:, None]                                                       # (B, 1, S)
             seen, attends = torch.where(live, seen, own), live | own.any(2, keepdim=True)
         return Sight((seen | ~attends)[:, None], attends, live, pad_sequence(states, batch_first=True))
+
+    def owners(self, chosen: list[tuple[int, Picture]]) -> Tensor:
+        """Which of its pictures each of a chat's S picture tokens belongs to; -1 - j for j in tiles not in use."""
+        found = [torch.zeros(0, dtype=torch.long)]
+        for j, (length, picture) in enumerate(chosen):
+            used = self.model["vision_model"].tokens * picture.grid[1] * picture.grid[2]
+            found.append(torch.where(torch.arange(length) < used, j, -1 - j))
+        return torch.cat(found)
 
     def hidden(self, batch: TiledBatch, features: list[Tensor],
                cache: list[LayerCache | CrossCache] | None = None) -> Tensor:

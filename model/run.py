@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import whole_folder, write_json
+from .sampler import Completion, generate
+from .vlm import VLM
 
 T, R = TypeVar("T"), TypeVar("R")
+NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
 SHOWN = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}", "rewards/accuracies": "right way {:.2f}",
          "grad_norm": "grad {:.2f}", "lr": "lr {:.1e}", "eval/accuracy": "watched accuracy {:.3f}"}
 
@@ -59,6 +62,13 @@ class Ranks:
     def _on_sigterm(self, *_: Any) -> None:
         self.stop_requested = True
 
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     @property
     def first(self) -> bool:
         return self.rank == 0
@@ -70,7 +80,7 @@ class Ranks:
         """
         chunks = [items[i:i + size] for i in range(0, len(items), size)]
         mine: dict[int, list[R]] = {}
-        with tqdm(total=len(items), desc=label, unit="item", disable=not self.first, leave=False, file=sys.stderr) as bar:
+        with tqdm(total=len(items), desc=label, unit="item", disable=not self.first, leave=False) as bar:
             for number in range(self.rank, len(chunks), self.world):
                 if self.stop_requested:
                     break
@@ -111,30 +121,38 @@ class Ranks:
 
 
 class Run:
-    """The folder of one run. All methods are called on every rank; rank 0 writes."""
+    """The folder of one run, `cfg.out`. All methods are called on every rank; rank 0 writes."""
 
-    def __init__(self, folder: Path, ranks: Ranks, resume: bool):
-        self.folder, self.ranks, self.resume = folder, ranks, resume
-        self.checkpoints, self.config = folder / "checkpoints", {}
-        if ranks.any(folder.exists()) and not resume:
-            raise FileExistsError(f"{folder} exists; continue it with --resume, or choose another --out")
-        if resume and not (folder / "config.json").is_file():
-            raise ValueError(f"cannot resume: {folder} is not a run, it holds no config.json")
+    def __init__(self, cfg: Any, ranks: Ranks):
+        self.cfg, self.ranks, self.folder = cfg, ranks, Path(cfg.out)
+        self.checkpoints = self.folder / "checkpoints"
+        if ranks.any(self.folder.exists()) and not cfg.resume:
+            raise FileExistsError(f"{self.folder} exists; continue it with --resume, or choose another --out")
+        if cfg.resume and not (self.folder / "config.json").is_file():
+            raise ValueError(f"cannot resume: {self.folder} is not a run, it holds no config.json")
 
-    def start(self, config: dict[str, Any]) -> None:
-        """Make the folder with its config.json; a resumed run's config must equal the one there, else ValueError."""
-        self.config = config
-        if self.resume:
-            check_same(json.loads((self.folder / "config.json").read_text(encoding="utf-8")), config)
+    def start(self, **identities: str) -> None:
+        """Make the folder with its config.json: the flags and `identities`. Those of a resumed run must be equal.
+
+        Raises ValueError that names the field which is not.
+        """
+        now = {k: v for k, v in asdict(self.cfg).items() if k not in NOT_COMPARED} | identities
+        path = self.folder / "config.json"
+        if self.cfg.resume:
+            check_same(json.loads(path.read_text(encoding="utf-8")), now)
         elif self.ranks.first:
             self.checkpoints.mkdir(parents=True)
-            write_json(self.folder / "config.json", config)
+            write_json(path, now)
         self.ranks.barrier()
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.ranks.first:
             print(text, flush=True)
+
+    def say_all(self, title: str, points: Iterable[str]) -> None:
+        """Print a title and a list below it."""
+        self.say("\n".join((title, *(f"  - {point}" for point in points))))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and print one line for people."""
@@ -143,6 +161,12 @@ class Run:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         shown = (text.format(row[name]) for name, text in SHOWN.items() if name in row)
         self.say("  ".join(("step {:4d}".format(row["step"]), *shown)))
+
+    def ask(self, vlm: VLM, items: Sequence[Any], label: str, **sampling: Any) -> list[list[Completion]]:
+        """generate(vlm, ...) over the chats of `items`, shared between ranks: a list (per item) of lists."""
+        def part(items: Sequence[Any]) -> list[list[Completion]]:
+            return generate(vlm, [item.chat() for item in items], max_new_tokens=self.cfg.max_new_tokens, **sampling)
+        return self.ranks.map(part, items, self.cfg.sample_batch, label)
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the run's folder, whole or not at all."""
@@ -158,15 +182,15 @@ class Run:
             aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
             os.replace(aside, path)
 
-    def save(self, name: str, state: dict[str, Any], keep: int) -> None:
-        """Write checkpoints/NAME aside, sync and rename it; then drop all but the newest `keep`, by name.
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Write checkpoints/NAME aside, sync and rename it; then drop all but the newest `cfg.keep`, by name.
 
         One that exists is left as it is: a resumed run would only write the same again.
         """
         if self.ranks.first and not (self.checkpoints / name).exists():
             with whole_folder(self.checkpoints / name) as folder:
                 torch.save(state, folder / "state.pt")
-            for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+            for old in sorted(self.checkpoints.glob("step-*"))[:-self.cfg.keep]:
                 shutil.rmtree(old)
         self.ranks.barrier()
 
@@ -207,7 +231,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError that names the first field in which a resumed run differs."""
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):
-            raise ValueError(f"cannot resume: {name} is {now.get(name)!r}, the run was started with {before.get(name)!r}")
+            raise ValueError(f"cannot resume: {name} is {now.get(name)!r} and was {before.get(name)!r} at the start")
 
 
 def folder_digest(folder: Path) -> str:
