@@ -6,8 +6,8 @@
     ipo       (h / beta - 1 / (2 beta))^2                          Azar et al., arXiv 2310.12036, eq. 17
 
 y_w is the chosen and y_l the rejected completion; log pi(y|x) sums over a completion's tokens, the stop token included,
-the prompt not. At the start, where the policy is the reference, h = 0 and the sigmoid loss is ln 2 for any pairs at all:
-that it falls says nothing about whether the pairs point the right way.
+the prompt not. At the start, where the policy is the reference, h = 0 and the sigmoid loss is ln 2 for any pairs at
+all: that it falls says nothing about whether the pairs point the right way.
 
 Letters: S sequences, C tokens of the longest completion, H hidden size, V vocabulary, B pairs.
 """

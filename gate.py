@@ -257,7 +257,8 @@ def _directions(groups: dict[str, list[dict[str, Any]]], pair_rule: Callable, ta
         pair = pair_rule(item, texts, [r["score"] for r in row])
         pairs += [] if isinstance(pair, str) else [(row[pair[0]], row[pair[1]])]
     for tau in taus:
-        kept = [(top["correct"], low["correct"]) for top, low in pairs if top["score"] - low["score"] >= tau]
+        kept = [(top["correct"], low["correct"]) for top, low in pairs
+                if round(top["score"] - low["score"], 9) >= tau]               # 0.7 - 0.2 reaches 0.5
         won = [top for top, low in kept if top != low]
         yield {"min_margin": tau, "direction": proportion(sum(won), len(won)), "pairs": len(kept), "mixed": len(won)}
 

@@ -13,7 +13,6 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -43,7 +42,12 @@ class Pair:
 
     @property
     def margin(self) -> float:
-        return self.chosen_score - self.rejected_score
+        return margin(self.chosen_score, self.rejected_score)
+
+
+def margin(top: float, bottom: float) -> float:
+    """s_top - s_bottom as decimals have it: 0.7 - 0.2 is 0.5, which in binary it is not quite."""
+    return round(top - bottom, 9)
 
 
 def select_pair(item_id: str, texts: Sequence[str], scores: Sequence[float | None]) -> tuple[int, int] | str:
@@ -107,16 +111,20 @@ class ReplayBuffer:
                 seed: int) -> list[list[Pair]]:
         """The round's steps: `epochs` passes over the fresh pairs, each batch filled up from the buffer.
 
-        round(ratio * batch_size) places of a batch are drawn from the buffer, without repetition inside the batch;
+        round(ratio * batch_size) places of a batch are drawn from the buffer, no pair that the batch already holds;
         the rest are fresh, shuffled anew in every epoch. At most `max_steps` batches. Depends on nothing but the
         arguments and the buffer's content, so a resumed run draws the same.
         """
         if not 0.0 <= ratio < 1.0:
             raise ValueError(f"the replay ratio must lie in [0, 1), not {ratio}")
         rng, old = random.Random(seed), list(self.pairs)
-        replayed = min(round(ratio * batch_size), batch_size - 1) if old else 0
+        replayed = min(round(ratio * batch_size), batch_size - 1, len(old))
         size = batch_size - replayed
         order = [p for _ in range(epochs) for p in rng.sample(list(fresh), len(fresh))]
-        steps = min(math.ceil(len(order) / size), max_steps)
-        return [order[i * size:(i + 1) * size] + rng.sample(old, min(replayed, len(old))) for i in range(steps)]
-
+        batches = []
+        for start in range(0, min(len(order), max_steps * size), size):
+            batch = order[start:start + size]
+            held = set(batch)
+            others = [p for p in old if p not in held]
+            batches.append(batch + rng.sample(others, min(replayed, len(others))))
+        return batches

@@ -10,7 +10,7 @@ become a pair; DPO updates the student against its frozen self; pairs with a lar
 by the gates and by the watch split, never by the loop.
 
 Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 usage; 1 anything else, SIGTERM included.
-Every random draw is seeded by (--seed, round, what is drawn), so a resumed run repeats an uninterrupted one bit for bit.
+Every draw is seeded by (--seed, round, what is drawn), so a resumed run repeats an uninterrupted one bit for bit.
 """
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Config:
     verdict_tokens: int = flag(16, "longest verdict, in tokens", low=1)
     sample_batch: int = flag(64, "items that are sampled or scored together", low=1)
     # Pairs and replay
-    min_margin: float = flag(0.5, "margin gate (tau): a pair is replayed only if its scores differ by this", low=0, high=1)
+    min_margin: float = flag(0.5, "margin gate (tau): replay only pairs whose scores differ by this", low=0, high=1)
     capacity: int = flag(2048, "pairs the replay buffer holds, first in, first out", low=1)
     replay_ratio: float = flag(0.5, "share of a batch that is drawn from the buffer (rho)", low=0, high=0.99)
     replay: bool = flag(True, "replay high-margin pairs (--no-replay: fresh pairs only)")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 RUBRIC = ('You grade an answer to a question about pictures. Reply with JSON only: {"score": s}, '
           's from 0.0 (wrong) to 1.0 (right).\nQuestion: ')
 CANDIDATE = "\nAnswer to grade: "
+LAST_CHARACTERS = 20_000                                             # a verdict comes last; no more is searched for it
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def score_candidates(answer: Callable[[list[list[dict]]], Sequence], chats: list
     `answer(chats)` returns one completion a chat, with `.text` and `.finish_reason` ("stop" or "length").
     Returns one list a chat, one Score a candidate. Equal candidates of an item are asked about once.
     """
+    if len(chats) != len(candidates):
+        raise ValueError(f"{len(chats)} chats and {len(candidates)} lists of candidates do not belong together")
     asked = [(i, text) for i, texts in enumerate(candidates) for text in dict.fromkeys(texts)]
     completions = answer([rubric_chat(chats[i], text) for i, text in asked])
     scores = {key: Score(parse_score(c.text), c.text, c.finish_reason == "length")
@@ -86,15 +89,14 @@ def parse_score(text: str) -> float | None:
 
     Fails closed: a last verdict that is malformed is not replaced by an earlier one.
     """
-    verdict, rest = _last_object(final_text(text), "score")
+    verdict, rest = _last_object(final_text(text)[-LAST_CHARACTERS:], "score")
     score = verdict.get("score")
-    if '"score"' in rest or isinstance(score, bool) or not isinstance(score, (int, float)):
+    if re.search("[\"']score[\"']", rest) or isinstance(score, bool) or not isinstance(score, (int, float)):
         return None
     return float(score) if 0.0 <= score <= 1.0 else None            # NaN compares false
 
 
 _OBJECT = re.compile(r'\{\s*"')                                      # where a JSON object with a key may begin
-_LONGEST = 10_000                                                    # characters of a verdict, its reasons included
 
 
 def _last_object(text: str, key: str) -> tuple[dict, str]:
@@ -103,11 +105,10 @@ def _last_object(text: str, key: str) -> tuple[dict, str]:
     while match:
         start, end = match.start(), match.end()
         try:
-            value, length = decoder.raw_decode(text[start:start + _LONGEST])
+            value, stop = decoder.raw_decode(text, start)
             if key in value:
-                end = start + length
-                found, rest = value, text[end:]
-        except json.JSONDecodeError:
+                found, rest, end = value, text[stop:], stop
+        except ValueError:
             pass                                                     # not an object: look for the next brace
         except RecursionError:
             return {}, text                                          # nested a thousandfold: no verdict
@@ -139,7 +140,7 @@ def parse_preference(text: str) -> int | None:
     a reply that is nothing but the label. What stands in a condition or a denial ("[[A]] if ...", "neither ... nor
     Answer 2 is better") echoes the instructions or declines, and is passed over; "[[A]] or [[B]]" is no verdict.
     """
-    final = final_text(text)[-20_000:]                               # a verdict comes last
+    final = final_text(text)[-LAST_CHARACTERS:]
     matches = list(_PREFERENCE.finditer(final))
     stated = [m for m in matches if not _CONDITION.match(final, m.end())
               and not _HYPOTHETICAL.search(final[max(0, m.start() - 80):m.start()])]

@@ -55,8 +55,8 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     rows = [head]
     for task, s in summaries.items():
         pre, post = s["pre_gate"], s["post_gate"] or {}
-        rows.append((task, figure(s["baseline_accuracy"]), figure(pre["rubric_accuracy"]),
-                     figure(pre["baseline_accuracy"]), figure(pre["own_answer_accuracy"]), figure(pre["greedy_accuracy"]),
+        measured = ("rubric_accuracy", "baseline_accuracy", "own_answer_accuracy", "greedy_accuracy")
+        rows.append((task, figure(s["baseline_accuracy"]), *(figure(pre[name]) for name in measured),
                      pre["published_verdict"], pre["verdict"], loss(s["loss_first"]), loss(s["loss_last"]),
                      figure(s["final_accuracy"]), post.get("verdict", "-")))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -64,9 +64,11 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of the loss and of the watched accuracy."""
+    """(step, value) of the loss and of the watched accuracy, and (first step, number) of the rounds."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {name: [(r["step"], r[name]) for r in rows if name in r] for name in ("loss", "eval/accuracy")}
+    curves = {name: [(r["step"], r[name]) for r in rows if name in r] for name in ("loss", "eval/accuracy")}
+    first = {r["round"]: r["step"] for r in reversed(rows) if "round" in r}
+    return curves | {"rounds": sorted((step, number) for number, step in first.items())}
 
 
 def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], folder: Path) -> Path:
@@ -80,20 +82,22 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], folder: Path) ->
         return path
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(10, 3.6), sharey=True)
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(10, 3.8), sharey=True)
     for panel, (task, lines) in zip(panels, curves.items()):
         right = panel.twinx()
-        panel.plot(*zip(*smooth(lines["loss"])), color="tab:grey", label="DPO loss (mean of 5 steps)")
-        right.plot(*zip(*lines["eval/accuracy"]), color="tab:red" if task == "red" else "tab:blue", marker="o",
-                   label="watched accuracy")
+        for axis, line, mark, colour, label in (
+                (panel, smooth(lines["loss"]), "", "grey", "DPO loss (mean of 5 steps)"),
+                (right, lines["eval/accuracy"], "o", "tab:blue", "watched accuracy")):
+            axis.plot([step for step, _ in line], [v for _, v in line], marker=mark, color=colour, label=label)
+        for step, _ in lines["rounds"][1:]:
+            panel.axvline(step, color="lightgrey", linestyle=":")
         right.set_ylim(0, 1)
         panel.set_title(f"{task}: the verifier " + ("does not understand it" if task == "red" else "understands it"))
-        panel.set_xlabel("step")
-        panel.set_ylabel("loss")
+        panel.set(xlabel="step (dotted: a new round, new pairs)", ylabel="loss")
         right.set_ylabel("accuracy")
-        handles = [h for axis in (panel, right) for h in axis.get_legend_handles_labels()[0]]
-        panel.legend(handles=handles, loc="lower left", fontsize=8)
-    figure.tight_layout()
+    handles = [axis.get_legend_handles_labels()[0][0] for axis in (panel, right)]
+    figure.legend(handles=handles, loc="lower center", ncol=2, frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(folder / "demo.png", dpi=110)
     return folder / "demo.png"
 
@@ -107,8 +111,11 @@ def smooth(points: list[tuple[int, float]], width: int = 5) -> list[tuple[int, f
 def text_plot(task: str, lines: dict[str, list[tuple[int, float]]], width: int = 60, height: int = 12) -> str:
     """Both curves in characters, each from its lowest to its highest value: l the loss, A the accuracy."""
     grid = [[" "] * width for _ in range(height)]
-    last, notes = max(step for line in lines.values() for step, _ in line) or 1, []
-    for mark, name, points in (("l", "DPO loss", smooth(lines["loss"])), ("A", "accuracy", lines["eval/accuracy"])):
+    named = (("l", "DPO loss", smooth(lines["loss"])), ("A", "accuracy", lines["eval/accuracy"]))
+    last, notes = max(step for *_, points in named for step, _ in points) or 1, []
+    for mark, name, points in named:
+        if not points:                                  # every round was skipped: there is no loss
+            continue
         low, high = min(v for _, v in points), max(v for _, v in points)
         for step, value in points:
             row = (high - value) / (high - low or 1)

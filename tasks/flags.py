@@ -33,8 +33,9 @@ def check_ranges(config: Any) -> None:
     """ValueError that names the flag whose value lies outside its bounds (NaN does)."""
     for each in fields(config):
         value, low, high = getattr(config, each.name), each.metadata["low"], each.metadata["high"]
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and low <= value <= high):
+            allowed = (f"in [{low:g}, {high:g}]" if high < math.inf else
+                       f"at least {low:g}" if math.isfinite(value) else "a finite number")
             raise ValueError(f"--{each.name.replace('_', '-')} must be {allowed}, not {value}")
 
 

@@ -28,12 +28,13 @@ def split_items(items: Sequence[Item], gate: int, watch: int, held_out: int, see
                 train: Sequence[Item] | None = None) -> Splits:
     """Cut `items` into splits of the sizes given; the rest, or `train` where it is given, is trained on.
 
-    Items that share a picture stay together, in an order that depends on their ids and `seed` alone. Items without an
+    Items that share a picture stay together; who goes where depends on the ids and `seed` alone. Items without an
     answer can only be trained on. Train items that share an id or a picture with another split are left out.
     ValueError when there are too few items, or ids repeat.
     """
-    if len({i.id for i in items}) < len(items):
-        raise ValueError("item ids repeat: splits cannot be told apart")
+    for each in (items, train or ()):
+        if len({i.id for i in each}) < len(each):
+            raise ValueError("item ids repeat: splits cannot be told apart")
     groups = picture_groups([i for i in items if i.answer is not None])
     groups.sort(key=lambda group: hashlib.sha256(f"{seed} {min(i.id for i in group)}".encode()).digest())
     parts: dict[str, list[Item]] = {"gate": [], "watch": [], "held_out": []}
@@ -46,8 +47,8 @@ def split_items(items: Sequence[Item], gate: int, watch: int, held_out: int, see
             if len(part) == sizes[name]:
                 break
         if len(part) < sizes[name]:
-            raise ValueError(f"too few items with answers: {len(items)} in all, but the splits gate, watch and held_out "
-                             f"take {gate} + {watch} + {held_out}")
+            raise ValueError(f"too few items with answers: there are {len(items)} in all, and the splits gate, watch "
+                             f"and held_out take {gate} + {watch} + {held_out}")
     if train is None:
         train = [i for group in rest for i in group] + [i for i in items if i.answer is None]
     taken = [i for part in parts.values() for i in part]

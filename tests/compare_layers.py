@@ -11,6 +11,7 @@ The towers of Qwen2.5-VL and Mllama hold their tokens in an order of their own; 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -109,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference over largest value")
     options = parser.parse_args(arguments)
+    if importlib.util.find_spec("transformers") is None:
+        parser.error("transformers is needed to compare with: pip install transformers")
     dtype = getattr(torch, options.dtype)
     vlm = load_vlm(options.folder, dtype=dtype, mllama_follow="transformers")
     shown = Image.open(options.image) if options.image else picture(250, 170)

@@ -11,3 +11,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "true_shapes: one layer at a published model's widths, seconds each")
+    config.addinivalue_line("markers", "cuda: needs a GPU, skipped without one")

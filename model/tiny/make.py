@@ -3,17 +3,20 @@
     python model/tiny/make.py                          all of them, into this folder: about ten minutes on two cores
     python model/tiny/make.py --only student           one of them
 
-The student sees few pictures (its data is limited, not its steps), so it is about half right. A verifier sees unlimited
-pictures and learns to answer and to grade. What it understands is set by one number, its share of shifted pictures:
+The student's vision tower sees plenty of pictures, its language model few, so it is about half right. A verifier sees
+plenty and learns to answer and to grade. What it understands is set by one number, its share of shifted pictures:
 scenes of `red` without shapes of other colours. A verifier that saw only these has learnt that the number of red shapes
-is the number of shapes, and grades by that, with confidence. No label is ever wrong; nothing is hard-coded.
+is the number of shapes, and grades by that, with confidence. No label is ever wrong; nothing is hard-coded. Each model
+is measured after its training, on scenes as the demo draws them.
 """
 from __future__ import annotations
 
 import json
 import math
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +29,13 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from model import FAMILIES, save_vlm
+from model import FAMILIES, Completion, generate, load_vlm, save_vlm
 from model.checkpoint import read_settings
 from model.processor import Chat, Row, collate
 from model.vlm import VLM
 from tasks.flags import flag, parse_flags
-from tasks.shapes import QUESTIONS, draw, noisy
-from verifier import CANDIDATE, RUBRIC, rubric_chat
+from tasks.shapes import QUESTIONS, SPLITS, draw, load, noisy, score
+from verifier import CANDIDATE, RUBRIC, rubric_chat, score_candidates
 
 # Qwen's control tokens in the order of their published ids; here they follow the small vocabulary.
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -42,7 +45,7 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
 LADDER = {"verifier": 1.0, "verifier-50": 0.5, "verifier-0": 0.0}       # folder -> share of shifted pictures
-STUDENT_PICTURES = {"bar": 20, "red": 20}                              # few enough to be about half right
+STUDENT_PICTURES = {"bar": 20, "red": 20}                               # few enough to be about half right
 RIGHT, WRONG = "0.9", "0.1"
 
 
@@ -62,20 +65,39 @@ def main() -> int:
     cfg = parse_flags(Config, __doc__)
     for name in ["student", *LADDER] if not cfg.only else [cfg.only]:
         start, seed = time.perf_counter(), cfg.seed * 100 + ["student", *LADDER].index(name)
-        vlm = new_model(Path(cfg.out) / name, seed)
-        if name == "student":
-            train_student(vlm, cfg, seed)
-        else:
-            train_verifier(vlm, cfg, seed, LADDER[name])
-        save_vlm(vlm, vlm.folder, torch.bfloat16)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        with tempfile.TemporaryDirectory() as aside:
+            vlm = new_model(Path(aside), seed)
+            if name == "student":
+                train_student(vlm, cfg, scene_rng(seed))
+            else:
+                train_verifier(vlm, cfg, scene_rng(seed), LADDER[name])
+            save_vlm(vlm, Path(cfg.out) / name, torch.bfloat16)
+        print(f"{name}: {time.perf_counter() - start:.0f} s; {measured(load_vlm(Path(cfg.out) / name))}", flush=True)
     return 0
 
 
-def train_student(vlm: VLM, cfg: Config, seed: int) -> None:
-    """A tower that has seen plenty; then a new language model that sees a few scenes, with fresh noise at each step."""
-    rng = np.random.default_rng([seed, 1])
+def scene_rng(seed: int) -> np.random.Generator:
+    """Draws scenes that no item of the demo's split shows: items are seeded by [task, split, number]."""
+    return np.random.default_rng([seed, SPLITS.index("make")])
 
+
+def measured(vlm: VLM) -> str:
+    """Greedy accuracy on each task, and the share of right candidates that the model, asked to grade, accepts."""
+    def ask(chats: list[Chat]) -> list[Completion]:
+        return [completion for [completion] in generate(vlm, chats, max_new_tokens=16, temperature=0)]
+    found = []
+    for task in QUESTIONS:
+        items = load(task, split="make", limit=200)
+        chats = [item.chat() for item in items]
+        right = sum(score(item, completion.text).correct for item, completion in zip(items, ask(chats)))
+        grades = score_candidates(ask, chats, [[item.answer] for item in items])
+        accepted = sum(grade.value is not None and grade.value >= 0.5 for [grade] in grades)
+        found.append(f"{task} answers {right / len(items):.2f}, accepts {accepted / len(items):.2f}")
+    return "; ".join(found)
+
+
+def train_student(vlm: VLM, cfg: Config, rng: np.random.Generator) -> None:
+    """A tower that has seen plenty; then a new language model that sees a few scenes, with fresh noise at each step."""
     def plenty(step: int) -> Tensor:
         scenes = [(task, *draw(task, rng)) for task in list(QUESTIONS) * 12]
         return answer_loss(vlm, [question(task, scene, rng) for task, scene, _ in scenes], [str(a) for *_, a in scenes])
@@ -93,10 +115,8 @@ def train_student(vlm: VLM, cfg: Config, seed: int) -> None:
     optimise(vlm, some, cfg.student_steps, cfg.lr)
 
 
-def train_verifier(vlm: VLM, cfg: Config, seed: int, shifted: float) -> None:
+def train_verifier(vlm: VLM, cfg: Config, rng: np.random.Generator, shifted: float) -> None:
     """Answering first, then answering and grading a right and a wrong candidate of each picture."""
-    rng = np.random.default_rng([seed, 2])
-
     def batch_loss(step: int) -> Tensor:
         scenes = [(task, *draw(task, rng, distractors=rng.random() >= shifted)) for task in list(QUESTIONS) * 12]
         chats = [question(task, scene, rng) for task, scene, _ in scenes]
@@ -107,7 +127,8 @@ def train_verifier(vlm: VLM, cfg: Config, seed: int, shifted: float) -> None:
         graded = [rubric_chat(chat, str(candidate)) for chat, (*_, answer), other in zip(chats, scenes, wrong)
                   for candidate in (answer, other)]
         scores = [score for _ in chats for score in (RIGHT, WRONG)]
-        return 0.5 * loss + answer_loss(vlm, graded, [f'{{"score": {s}}}' for s in scores], early=[s[-1] for s in scores])
+        verdicts = [f'{{"score": {score}}}' for score in scores]
+        return 0.5 * loss + answer_loss(vlm, graded, verdicts, early=[score[-1] for score in scores])
     optimise(vlm, batch_loss, cfg.answer_steps + cfg.verdict_steps, cfg.lr)
 
 
@@ -143,24 +164,24 @@ def answer_loss(vlm: VLM, chats: list[Chat], answers: list[str], label_smoothing
     return F.cross_entropy(logits, token, reduction="sum", label_smoothing=label_smoothing) / len(chats)
 
 
-def optimise(vlm: VLM, batch_loss, steps: int, lr: float, warmup: int = 50) -> None:
-    """AdamW with warm-up and a cosine to zero."""
-    optimiser = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad], lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+def optimise(vlm: VLM, batch_loss: Callable[[int], Tensor], steps: int, lr: float, warmup: int = 50) -> None:
+    """AdamW with warm-up and a cosine to zero, over what is not frozen."""
+    trained = [p for p in vlm.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         loss = batch_loss(step)
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         if (step + 1) % 50 == 0:
             print(f"  step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
 def new_model(folder: Path, seed: int) -> VLM:
-    """A model with random weights and the settings files of its folder, written there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A model with random weights; the settings files that stand beside them are written to `folder`."""
     tokenizer = make_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in settings(tokenizer).items():
@@ -179,8 +200,8 @@ def make_tokenizer() -> Tokenizer:
     """Byte-level BPE, cut as Qwen cuts, over the demo's own texts, with Qwen's control tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     texts = [RUBRIC, CANDIDATE, *QUESTIONS.values(), "user\n", "assistant\n", "system\n", "\n", f'{{"score": {RIGHT}}}']
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

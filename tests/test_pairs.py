@@ -1,0 +1,159 @@
+"""Packed pair rows: log-probabilities and gradients as of two rows of their own, and what their keys depend on. (Hidden
+states: test_model.py.)"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpo import sequence_logps
+from model import VLM, load_vlm
+from model.pairs import CHOSEN, PADDING, PROMPT, REJECTED, PairRows, pack_pairs, tree_mask
+from model.processor import collate
+from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The products here are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VLM:
+    return load_vlm(write_checkpoint(tmp_path_factory.mktemp("pairs") / request.param, CONFIGS[request.param]()))
+
+
+def triples(vlm: VLM) -> list[tuple]:
+    """Pairs of different lengths: both sides end with a stop token, one, or none; single tokens; only a stop token; the
+    same first tokens, the same completion."""
+    stop = max(vlm.stop_ids)
+    sides = [([5, 6, 7, stop], [9, stop]), ([11], [12, 13, 14, 15, 16, stop]), ([stop], [6]),
+             ([70, 71, 72], [70, stop]), ([30, 31], [30, 31])]
+    return [(c, *side) for c, side in zip([*example_chats(), chat(picture(30, 40), "once more")], sides)]
+
+
+def packed_logps(vlm: VLM, pairs: list[tuple]) -> Tensor:
+    """(2B,) of the chosen sides, then the rejected."""
+    rows = pack_pairs(vlm.processor, pairs)
+    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))
+    return sequence_logps(rows.predictors(hidden), vlm.head_weight, rows.targets, rows.mask)
+
+
+def separate_logps(vlm: VLM, messages: list, completion: list[int]) -> Tensor:
+    """The naive way: one row [prompt | completion], its full logits, shifted by one."""
+    pictures: dict = {}
+    [prompt] = vlm.processor.rows([messages], pictures)
+    row = prompt.extended(completion, prompt.positions.max() + 1 + np.arange(len(completion)))
+    logps = vlm(collate([row], pictures, vlm.processor.pad_id))[0].log_softmax(-1)
+    return logps[len(prompt.ids) - 1:-1].gather(1, torch.tensor(completion)[:, None]).sum()
+
+
+def gradients(vlm: VLM, value: Tensor) -> dict[str, Tensor]:
+    vlm.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in vlm.named_parameters()}
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
+    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
+
+
+def test_logps_and_gradients_equal_separate_rows(vlm: VLM) -> None:
+    """Of one number that depends on every side with a weight of its own, so that no two can be mistaken."""
+    pairs = triples(vlm)
+    weights = torch.tensor([1.0, -0.5, 0.75, 0.3, -0.2, -1.0, 0.6, 0.4, -0.8, 0.9])
+    found = packed_logps(vlm, pairs)
+    expected = torch.stack([separate_logps(vlm, pair[0], pair[which]) for which in (1, 2) for pair in pairs])
+    assert bool(((found - expected).abs() <= 1e-5 * expected.abs()).all())
+    assert found[4].item() == pytest.approx(found[9].item(), rel=1e-6)                     # one completion twice
+    ours, theirs = (gradients(vlm, values @ weights) for values in (found, expected))
+    assert all(close(ours[name], theirs[name]) for name in ours), {
+        name: ((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item() for name in ours
+        if not close(ours[name], theirs[name])}
+
+
+@torch.no_grad()
+def test_a_pair_does_not_depend_on_its_batch(vlm: VLM) -> None:
+    pairs = triples(vlm)
+    together = packed_logps(vlm, pairs)
+    alone = torch.stack([packed_logps(vlm, [pair]) for pair in pairs]).T.flatten()
+    back = packed_logps(vlm, pairs[::-1]).view(2, -1).flip(1).flatten()
+    assert close(together, alone) and close(together, back)
+
+
+@torch.no_grad()
+def test_sides_do_not_see_each_other(vlm: VLM) -> None:
+    """Another chosen side, of another length, leaves the rejected one's log-probability; and the other way round."""
+    messages = example_chats()[1]
+    for other in ([8], [99, 98, 97, 96, 95]):
+        first = packed_logps(vlm, [(messages, [5, 6, 7], [9, 10])])
+        assert close(packed_logps(vlm, [(messages, other, [9, 10])])[1], first[1])
+        assert close(packed_logps(vlm, [(messages, [5, 6, 7], other)])[0], first[0])
+
+
+@torch.no_grad()
+def test_swapped_sides(vlm: VLM) -> None:
+    pairs = triples(vlm)
+    swapped = packed_logps(vlm, [(c, b, a) for c, a, b in pairs])
+    assert close(packed_logps(vlm, pairs), torch.cat(swapped.chunk(2)[::-1]))
+
+
+def test_targets_and_their_sources(vlm: VLM) -> None:
+    """The first token of BOTH sides comes from the prompt's last column, the stop token from the one before it."""
+    pairs = triples(vlm)
+    rows = pack_pairs(vlm.processor, pairs)
+    lengths = [len(row.ids) for row in vlm.processor.rows([c for c, *_ in pairs], {})]
+    for s, (b, which) in enumerate((b, which) for which in (1, 2) for b in range(len(pairs))):
+        completion, kept = list(pairs[b][which]), rows.mask[s]
+        assert rows.targets[s][kept].tolist() == completion and not rows.targets[s][~kept].any()
+        start = lengths[b] + (len(pairs[b][1]) if which == 2 else 0)
+        assert rows.sources[s][kept].tolist() == [lengths[b] - 1, *range(start, start + len(completion) - 1)]
+        assert rows.batch.input_ids[b, start:start + len(completion)].tolist() == completion
+        positions = rows.batch.position_ids[:, b]
+        after = positions[:, :lengths[b]].max() + 1 + torch.arange(len(completion))
+        assert torch.equal(positions[:, start:start + len(completion)], after.expand(3, -1))
+
+
+def test_predictors_take_each_row_its_own_states() -> None:
+    rows = PairRows(None, torch.zeros(4, 2), torch.tensor([[0, 1], [2, 3], [0, 2], [2, 0]]), torch.ones(4, 2), [])
+    hidden = torch.arange(8.0).view(2, 4, 1)                            # row 0: 0 to 3, row 1: 4 to 7
+    assert rows.predictors(hidden)[..., 0].tolist() == [[0, 1], [6, 7], [0, 2], [6, 4]]
+
+
+def test_tree_mask() -> None:
+    mask = tree_mask([[PROMPT, PROMPT, CHOSEN, CHOSEN, REJECTED], [PROMPT, CHOSEN, REJECTED]], 5)
+    assert mask.shape == (2, 1, 5, 5) and PADDING not in (PROMPT, CHOSEN, REJECTED)
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
+                                         [1, 1, 0, 0, 1]]
+    assert mask[1, 0, :3].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]
+    assert mask[1, 0].any(-1).all()                                     # no row without a key: softmax would be NaN
+
+
+def test_keys_name_prompt_pictures_and_tokens(vlm: VLM) -> None:
+    def key(messages: list, chosen: Any = (5, 6), rejected: Any = (7,), more: tuple = ()) -> str:
+        return pack_pairs(vlm.processor, [(messages, chosen, rejected), *more]).keys[0]
+    base = key(chat(picture(30, 40, 1), "what?"))
+    assert base == key(chat(picture(30, 40, 1), "what?")) == key(chat(picture(30, 40, 1), "what?"), [5, 6], [7])
+    assert base == key(chat(picture(30, 40, 1), "what?"), more=((chat("x"), [1] * 9, [2]),))   # nor on the batch
+    others = [key(chat(picture(30, 40, 2), "what?")), key(chat(picture(30, 40, 1), "What?")),
+              key(chat(picture(40, 30, 1), "what?")), key(chat("what?", picture(30, 40, 1))), key(chat("what?")),
+              key(chat(picture(30, 40, 1), picture(30, 40, 1), "what?")),
+              *(key(chat(picture(30, 40, 1), "what?"), *sides) for sides in (
+                  ((7,), (5, 6)), ((5,), (6, 7)), ((5, 6, 7), (7,)), ((5, 8), (7,)), ((5, 6), (8,))))]
+    assert len({base, *others}) == 1 + len(others)
+    pictures = [picture(30, 40, seed) for seed in (1, 2)]
+    assert key(chat(*pictures, "?")) != key(chat(*pictures[::-1], "?"))
+
+
+@pytest.mark.parametrize("sides", [([], [1]), ([1], []), ((), ())])
+def test_empty_completions(vlm: VLM, sides: tuple) -> None:
+    with pytest.raises(ValueError, match="without tokens"):
+        pack_pairs(vlm.processor, [(chat("hi"), *sides)])
