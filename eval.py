@@ -241,11 +241,18 @@ def answers_from_elsewhere(path: str, items: Sequence[Item], others: bool) -> li
 
 def settings(cfg: Config) -> dict[str, Any]:
     """What the answers on disk depend on: another model, task or length must not be mixed in."""
-    files = sorted(p for p in Path(cfg.model).glob("*") if p.is_file())
-    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return {"model": cfg.model, "files": hashlib.sha256(repr(weights).encode()).hexdigest()[:16] if files else None,
-            "task": cfg.task, "data": cfg.data, "split": cfg.split, "max_new_tokens": cfg.max_new_tokens,
+    return {"model": cfg.model, "files": fingerprint(cfg.model), "task": cfg.task, "data": cfg.data,
+            "data_files": fingerprint(cfg.data), "split": cfg.split, "max_new_tokens": cfg.max_new_tokens,
             "dtype": cfg.dtype}
+
+
+def fingerprint(path: str | None) -> str | None:
+    """Names, sizes and times of a file, or of the files in a folder; None for what is not on this disk."""
+    if path is None or not Path(path).exists():
+        return None
+    files = sorted(p for p in (Path(path), *Path(path).rglob("*")) if p.is_file())
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def open_output(cfg: Config) -> Output:
@@ -338,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse_flags(Config, __doc__, argv)
     try:
         return evaluate(cfg)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -328,13 +329,14 @@ class Config:
     task: str = _flag("", "name of the task")
     data: str = _flag("", "directory of the task's data, where it needs one")
     split: str = _flag("", "split of the data (default: the task's own choice)")
-    items: int = _flag(200, "number of items to ask about", 1)
+    items: int = _flag(200, "items to ask about, drawn from those with an answer", 1)
     k: int = _flag(8, "candidates an item", 2)
     temperature: float = _flag(1.0, "sampling temperature of the candidates", 1e-6, 1e6)
     top_p: float = _flag(0.9, "nucleus that the candidates are sampled from", 1e-6, 1)
     max_new_tokens: int = _flag(256, "longest answer", 1)
     verdict_tokens: int = _flag(64, "longest verdict", 1)
-    seed: int = _flag(0, "seed of the sampling", 0)
+    batch_size: int = _flag(16, "prompts that are prefilled together", 1)
+    seed: int = _flag(0, "seed of the choice of items and of the sampling", 0)
     device: str = _flag("", "cpu or cuda (default: cuda where there is one)")
 
     def __post_init__(self) -> None:
@@ -342,7 +344,7 @@ class Config:
             raise ValueError("give either --records, or all of --student, --verifier and --task")
         for each in fields(self):
             value, (low, high) = getattr(self, each.name), each.metadata["range"]
-            if isinstance(value, (int, float)) and not low <= value <= high:
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"--{each.name.replace('_', '-')} must lie in [{low:g}, {high:g}], not {value}")
 
 
@@ -354,16 +356,19 @@ def gate_models(cfg: Config) -> dict[str, list[dict[str, Any]]]:
     from verifier import score_candidates
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights = {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
-    items, gathered = load_task(cfg.task, cfg.data or None, cfg.split or None, cfg.items), {}
+    known = [item for item in load_task(cfg.task, cfg.data or None, cfg.split or None) if item.answer is not None]
+    items, gathered = random.Random(cfg.seed).sample(known, min(cfg.items, len(known))), {}
     chats = [item.chat() for item in items]
 
     def ask(vlm: Any, asked: list, tokens: int) -> list:
-        return [c[0] for c in generate(vlm, asked, n=1, max_new_tokens=tokens, temperature=0.0, seed=cfg.seed)]
+        outs = generate(vlm, asked, max_new_tokens=tokens, temperature=0.0, batch_size=cfg.batch_size)
+        return [completion for [completion] in outs]
     vlm = load_vlm(cfg.student, **weights)
     greedy = ask(vlm, chats, cfg.max_new_tokens)
     samples = generate(vlm, chats, n=cfg.k, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                       top_p=cfg.top_p, seed=cfg.seed)
+                       top_p=cfg.top_p, seed=cfg.seed, batch_size=cfg.batch_size)
     for path in cfg.verifier:
+        vlm = None                                                     # one model in memory at a time
         vlm = load_vlm(path, **weights)
         gathered[path] = gather_records(
             items, greedy=lambda _: greedy, sample=lambda _: samples, correct=score,
@@ -384,9 +389,9 @@ def main(argv: list[str] | None = None) -> int:
             reports[path] = {"verdict": made.verdict, "reasons": made.reasons, "rule": cfg.rule, **made.measures}
         whole = {"verifiers": reports} if len(reports) > 1 else reports[path]
         write_whole(Path(cfg.out), json.dumps(whole, indent=2) + "\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"gate.py: {error}", file=sys.stderr)
-        return 2
+        return 2 if cfg.records else 1
     names = ("own_answer_accuracy", "direction", "rubric_accuracy", "baseline_accuracy", "balanced_accuracy")
     order = sorted(reports, key=lambda path: [-((reports[path].get(n) or {}).get("value") or 0) for n in names[:2]])
     print("verdict", *(f"{name:20}" for name in names), "verifier", sep="  ")

@@ -74,7 +74,7 @@ class Config:
     top_p: float = flag(0.9, "nucleus of the candidates, 1 for the whole vocabulary", low=1e-3, high=1)
     max_new_tokens: int = flag(16, "longest answer of the student, in tokens", low=1)
     verdict_tokens: int = flag(16, "longest verdict, in tokens", low=1)
-    sample_batch: int = flag(64, "items that are sampled or scored together", low=1)
+    sample_batch: int = flag(64, "items that are sampled, and prompts that are scored, together", low=1)
     # Pairs and replay
     min_margin: float = flag(0.5, "margin gate (tau): replay only pairs whose scores differ by this", low=0, high=1)
     capacity: int = flag(2048, "pairs the replay buffer holds, first in, first out", low=1)
@@ -104,10 +104,13 @@ class Config:
     keep: int = flag(2, "checkpoints kept", low=1)
     device: str | None = flag(None, "cpu, cuda or cuda:N (default: cuda where there is one)")
     dtype: str | None = flag(None, "of activations (default: bfloat16 on cuda, else float32)", choices=tuple(DTYPES))
-    feature_cache_gb: float = flag(4.0, "memory for image features that are kept between calls, GB", low=0)
+    feature_cache_gb: float = flag(4.0, "memory for image features kept between calls, GB a model", low=0)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        given = [name for name in ("data", "split", "train_split", "resume", "force") if getattr(self, name)]
+        if self.task is None and given:
+            raise ValueError(f"--{given[0].replace('_', '-')} has no meaning without --task")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError(f"--label-smoothing {self.label_smoothing} has no meaning with --loss-type ipo")
 
@@ -143,6 +146,8 @@ def main(cfg: Config, ranks: Ranks) -> int:
         run.log({"step": 0, **look(run, student, splits.watch, state)})
         save(run, state, student, optimiser, replay)
     while state.round < cfg.rounds:
+        if cfg.stop_on_regression and state.warnings:
+            return finish(run, state, {"verdict": "REJECT", "reasons": state.warnings})
         if state.fresh is None:
             items = round_items(cfg, splits.train, state.round)
             candidates = sample(run, student, items, state.round + 1)           # K completions an item, ids kept
@@ -155,18 +160,19 @@ def main(cfg: Config, ranks: Ranks) -> int:
         batches = round_batches(cfg, replay, state)
         for pairs in batches[state.position:]:
             row = train_step(run, student, optimiser, pairs, splits.by_id, state)
-            if state.step % cfg.eval_every == 0 or state.position == len(batches):
+            last = state.position == len(batches)
+            if last or state.step % cfg.eval_every == 0:
                 row |= look(run, student, splits.watch, state)                  # the curve that the loss hides
             run.log(row)
-            stop = ranks.any(ranks.stop_requested)
-            if stop or state.step % cfg.save_every == 0:
+            stop, regressed = ranks.any(ranks.stop_requested), cfg.stop_on_regression and bool(state.warnings)
+            if stop or regressed or last or state.step % cfg.save_every == 0:
                 save(run, state, student, optimiser, replay)
             if stop:
                 raise Interrupted
-            if state.warnings and cfg.stop_on_regression:
-                return finish(run, state, {"verdict": "REJECT", "reasons": state.warnings})
-        state.round, state.position, state.fresh = state.round + 1, 0, None
-    save(run, state, student, optimiser, replay)
+            if regressed:
+                break
+        else:
+            state.round, state.position, state.fresh = state.round + 1, 0, None
     return finish(run, state, deploy_gate(run, student, splits.held_out, state))        # deploy/ only on PROMOTE
 
 
@@ -186,10 +192,12 @@ def load_models(run: Run) -> tuple[VLM, VLM, VLM]:
     student = load_vlm(cfg.student, device, torch.float32)
     reference, verifier = (load_vlm(name, device, dtype).requires_grad_(False) for name in (cfg.student, cfg.verifier))
     student.compute_dtype = dtype
+    verifier.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
     if cfg.trainable == "language":
         student.tower.requires_grad_(False)
         student.feature_cache = reference.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
-    run.start(reference=folder_digest(student.folder), scorer=folder_digest(verifier.folder))
+    run.start(dtype=str(dtype).removeprefix("torch."), reference=folder_digest(student.folder),
+              scorer=folder_digest(verifier.folder))
     return student, reference, verifier
 
 
@@ -236,7 +244,8 @@ def greedy(run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[Comple
 def score(run: Run, verifier: VLM, items: Sequence[Item], texts: Sequence[list[str]]) -> list[list[Score]]:
     """The verifier's verdict on every candidate text of every item. The items' answers are not read."""
     def ask(chats: list[Chat]) -> list[Completion]:
-        outs = generate(verifier, chats, max_new_tokens=run.cfg.verdict_tokens, temperature=0)
+        outs = generate(verifier, chats, max_new_tokens=run.cfg.verdict_tokens, temperature=0,
+                        batch_size=run.cfg.sample_batch)
         return [completion for [completion] in outs]
 
     def part(asked: Sequence[tuple[Item, list[str]]]) -> list[list[Score]]:
@@ -336,10 +345,11 @@ def look(run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[st
 
     The test is paired and one-sided; its level is 0.05 over the number of looks that are planned.
     """
-    rows = answers(run, student, items, "watching")
+    with run.ranks.patient():                                                   # a step is finished before a stop
+        rows = answers(run, student, items, "watching")
     right = [row["correct"] for row in rows]
     state.watched = state.watched or right                                      # the first look is the frozen student's
-    planned = run.cfg.rounds * (run.cfg.steps_per_round // run.cfg.eval_every + 1)
+    planned = run.cfg.rounds + run.cfg.rounds * run.cfg.steps_per_round // run.cfg.eval_every
     fell = bool(state.losses) and mean_loss(state) < state.losses[0]
     if fell and fell_significantly(state.watched, right, 0.05 / planned):
         state.warnings.append(f"step {state.step}: the loss fell from {state.losses[0]:.3f} to {mean_loss(state):.3f} "
@@ -422,7 +432,7 @@ def cli() -> int:
         message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
     except FileExistsError as error:
         message, status = str(error), 2
-    except (ValueError, OSError, NonFinite) as error:
+    except (ValueError, OSError, ModuleNotFoundError, NonFinite) as error:
         message, status = str(error), 1
     print(f"train.py: {message}", file=sys.stderr)
     return status

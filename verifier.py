@@ -32,7 +32,7 @@ def rubric_chat(chat: list[dict], candidate: str) -> list[dict]:
     """The rubric prompt for one candidate: the task's own question, then the candidate at the very end.
 
     `chat` is the question as the student saw it (Item.chat()); its last message is the user's. The candidate comes
-    last so that the K prompts of one item share everything before it.
+    last: what precedes it is the same in all K prompts of an item.
     """
     *earlier, question = chat
     content = question["content"]

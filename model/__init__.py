@@ -15,7 +15,7 @@ from .mllama import Mllama
 from .qwen2_5_vl import Qwen25VL
 from .qwen3_vl import Qwen3VL
 from .sampler import Completion, generate
-from .vlm import VLM
+from .vlm import VLM, pick_device
 
 __all__ = ["Completion", "VLM", "generate", "load_vlm", "save_vlm"]
 
@@ -32,7 +32,7 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     """
     if mllama_follow not in ("meta", "transformers"):
         raise ValueError(f"mllama_follow is {mllama_follow!r}, not 'meta' or 'transformers'")
-    folder = resolve_folder(path_or_hub_id)
+    device, folder = pick_device(device), resolve_folder(path_or_hub_id)
     config = read_settings(folder, "config.json")
     if config["model_type"] not in FAMILIES:
         raise ValueError(f"{folder}/config.json: model_type {config['model_type']!r} is not one of {sorted(FAMILIES)}")

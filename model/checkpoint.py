@@ -42,11 +42,14 @@ def read_settings(folder: Path, name: str) -> Settings:
         settings.source = str(path)
         return settings
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_hook=wrap)
+        settings = json.loads(path.read_text(encoding="utf-8"), object_hook=wrap)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {name}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, Settings):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return settings
 
 
 def either(settings: Settings, name: str, older: str) -> Any:
@@ -129,6 +132,8 @@ def load_weights(model: nn.Module, folder: Path, rename: tuple[tuple[str, str], 
             name = re.sub(pattern, replacement, name)
         if name not in expected:
             raise ValueError(f"{files[disk_name]} holds {disk_name}, which the model does not have")
+        if name in names:
+            raise ValueError(f"{folder} holds {names[name]} and {disk_name}, which are the same tensor")
         names[name] = disk_name
     if missing := sorted(set(expected) - set(names)):
         raise ValueError(f"{folder} lacks {missing[0]} ({len(missing)} tensors are missing)")
@@ -184,10 +189,12 @@ def copy_settings(source: Path, target: Path) -> None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder that takes the name `target` only once everything in it is written and synced.
 
-    An existing `target` is replaced at that moment; whatever interrupts the writing leaves it untouched.
+    An existing `target` is replaced then; whatever interrupts the writing leaves it untouched. (Killed between two
+    renames, in no time at all, the old one is found beside it as .NAME.PID.old.)
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.new")
+    shutil.rmtree(aside, ignore_errors=True)                         # of a killed process that had our number
     aside.mkdir()
     try:
         yield aside

@@ -256,7 +256,7 @@ def message_parts(message: dict) -> list[str | Image.Image]:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json of `folder`, set to read special tokens inside a text as plain text."""
-    read_settings(folder, "tokenizer.json")             # absent or cut short: one sentence that names it
+    read_settings(folder, "tokenizer.json")["model"]    # absent, cut short or something else: a sentence that says so
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     return tokenizer

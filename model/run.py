@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 from .checkpoint import whole_folder, write_json
 from .sampler import Completion, generate
-from .vlm import VLM
+from .vlm import VLM, pick_device
 
 T, R = TypeVar("T"), TypeVar("R")
 NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
@@ -44,19 +46,12 @@ class Ranks:
 
     def __init__(self, device: str | None = None):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        try:
-            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError:
-            raise ValueError(f"unknown device {device!r}") from None
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device")
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.stop_requested = False
+        self.stop_requested, self.is_patient = False, False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_: Any) -> None:
@@ -69,6 +64,15 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Finish what is begun inside, SIGTERM or not."""
+        self.is_patient = True
+        try:
+            yield
+        finally:
+            self.is_patient = False
+
     @property
     def first(self) -> bool:
         return self.rank == 0
@@ -76,18 +80,19 @@ class Ranks:
     def map(self, function: Callable[[Sequence[T]], list[R]], items: Sequence[T], size: int, label: str) -> list[R]:
         """function over chunks of `size` items, chunk i on rank i mod world; every rank gets all results, in order.
 
-        The chunks do not depend on the number of ranks, so neither do the results. Raises Interrupted after SIGTERM.
+        The chunks do not depend on the number of ranks, so neither do the results. Raises Interrupted after SIGTERM,
+        except inside `patient()`.
         """
         chunks = [items[i:i + size] for i in range(0, len(items), size)]
         mine: dict[int, list[R]] = {}
         with tqdm(total=len(items), desc=label, unit="item", disable=not self.first, leave=False) as bar:
             for number in range(self.rank, len(chunks), self.world):
-                if self.stop_requested:
+                if self.stop_requested and not self.is_patient:
                     break
                 mine[number] = function(chunks[number])
                 bar.update(sum(map(len, chunks[number:number + self.world])))
         results = {number: result for part in self.gather(mine) for number, result in part.items()}
-        if self.any(self.stop_requested):
+        if self.any(self.stop_requested) and not self.is_patient:
             raise Interrupted
         return [result for number in range(len(chunks)) for result in results[number]]
 
@@ -141,8 +146,9 @@ class Run:
         if self.cfg.resume:
             check_same(json.loads(path.read_text(encoding="utf-8")), now)
         elif self.ranks.first:
-            self.checkpoints.mkdir(parents=True)
-            write_json(path, now)
+            with whole_folder(self.folder) as folder:
+                (folder / "checkpoints").mkdir()
+                write_json(folder / "config.json", now)
         self.ranks.barrier()
 
     def say(self, text: str) -> None:
@@ -198,10 +204,10 @@ class Run:
         """The newest checkpoint's state, None if there is none; leftovers of an interrupted write are removed, and
         metrics.jsonl is cut back to the checkpoint's step."""
         found = sorted(self.checkpoints.glob("step-*"))
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
+        state = read_state(found[-1] / "state.pt") if found else None
         self.ranks.barrier()
         if self.ranks.first:
-            for left in self.checkpoints.glob(".step-*"):
+            for left in [*self.checkpoints.glob(".step-*"), *self.folder.glob(".candidate.*")]:
                 shutil.rmtree(left)
             self._cut_metrics(state["step"] if state else -1)
         return state
@@ -225,6 +231,14 @@ class Run:
             aside = path.with_name(".metrics.jsonl.tmp")
             aside.write_text("".join(kept), encoding="utf-8")
             os.replace(aside, path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's content; a damaged file is a ValueError that names it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:

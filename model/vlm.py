@@ -6,6 +6,8 @@ Letters: B rows, T tokens, H hidden size, V vocabulary, M image tokens of all pi
 """
 from __future__ import annotations
 
+import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,16 @@ class QwenVL(VLM):
         """One token a row: tokens (R,), positions (R,), the same on all three axes -> hidden states (R, H)."""
         x = self.decoder.embed_tokens(tokens[:, None]).to(self.dtype)                     # (R, 1, H)
         return self.decoder(x, positions[None, :, None].expand(3, -1, 1), None, cache)[:, 0]
+
+
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; None is this rank's GPU where there is one, else the CPU. ValueError for any other."""
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}: cpu, cuda and cuda:N are known")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 class FeatureCache:

@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +60,7 @@ class Item:
                    {"type": "image", "image": open_image(self.images[part])} for part in self.prompt]
         return [{"role": "user", "content": content}]
 
+    @cached_property
     def picture_hashes(self) -> frozenset[str]:
         """SHA-256 of each encoded picture: data sets reuse pictures under different ids."""
         return frozenset(hashlib.sha256(i if isinstance(i, bytes) else i.read_bytes()).hexdigest() for i in self.images)

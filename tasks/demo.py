@@ -21,8 +21,8 @@ def run(main: Callable[[Any, Any], int], cfg: Any, ranks: Any) -> int:
     `main(cfg, ranks)` is train.py's. Replaces an earlier demo. 0 if both tasks went as EXPECTED, else 1.
     """
     folder = Path(cfg.out or "runs/demo")
-    if cfg.resume or cfg.out and ranks.any(folder.exists()):
-        raise FileExistsError("the demo is not resumed; leave out --resume" if cfg.resume else f"{folder} exists")
+    if cfg.out and ranks.any(folder.exists()):
+        raise FileExistsError(f"{folder} exists; choose another --out")
     if ranks.first and folder.exists():
         shutil.rmtree(folder)
     ranks.barrier()
@@ -65,7 +65,8 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of the loss and of the watched accuracy, and (first step, number) of the rounds."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []     # none where a gate said no
+    rows = [json.loads(line) for line in lines]
     curves = {name: [(r["step"], r[name]) for r in rows if name in r] for name in ("loss", "eval/accuracy")}
     first = {r["round"]: r["step"] for r in reversed(rows) if "round" in r}
     return curves | {"rounds": sorted((step, number) for number, step in first.items())}
@@ -112,7 +113,7 @@ def text_plot(task: str, lines: dict[str, list[tuple[int, float]]], width: int =
     """Both curves in characters, each from its lowest to its highest value: l the loss, A the accuracy."""
     grid = [[" "] * width for _ in range(height)]
     named = (("l", "DPO loss", smooth(lines["loss"])), ("A", "accuracy", lines["eval/accuracy"]))
-    last, notes = max(step for *_, points in named for step, _ in points) or 1, []
+    last, notes = max((step for *_, points in named for step, _ in points), default=0) or 1, []
     for mark, name, points in named:
         if not points:                                  # every round was skipped: there is no loss
             continue

@@ -16,7 +16,7 @@ import argparse
 import math
 import types
 from dataclasses import MISSING, Field, field, fields
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 C = TypeVar("C")
 
@@ -48,10 +48,17 @@ def parse_flags(config: type[C], description: str | None, argv: list[str] | None
         parser.error(str(error))
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; the forty lines of usage are for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
 def build_parser(config: type, description: str | None) -> argparse.ArgumentParser:
     """A parser whose namespace holds only the flags that were given: the dataclass fills in its own defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     hints = get_type_hints(config)
     for each in fields(config):
         parser.add_argument("--" + each.name.replace("_", "-"), **_argument(each, hints[each.name]))

@@ -70,7 +70,7 @@ def make_item(row: dict, base: Path | None = None) -> Item:
     if kind == "choice" and not choices or len(choices or ()) > len(LETTERS):
         raise ValueError(f"row {name!r}: answer_type choice needs 1 to {len(LETTERS)} choices")
     precision = row.get("precision")
-    if precision is not None and (isinstance(precision, bool) or precision != int(precision)):
+    if precision is not None and not (type(precision) is int or type(precision) is float and precision.is_integer()):
         raise ValueError(f"row {name!r}: precision is {precision!r}, not null or a whole number")
     prompt, used = interleave(row.get("prompt") or _prompt(question, kind, choices), pictures)
     return check_answer(Item(name, "jsonl", prompt, used, _answer(row, kind, choices), kind,

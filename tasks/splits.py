@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tasks import Item
 
@@ -18,7 +19,7 @@ class Splits:
     held_out: list[Item]        # looked at once, at the end
     train: list[Item]           # sampled, scored, paired; its answers are never read
 
-    @property
+    @cached_property
     def by_id(self) -> dict[str, Item]:
         """The items that pairs are made of."""
         return {item.id: item for item in self.train}
@@ -35,7 +36,11 @@ def split_items(items: Sequence[Item], gate: int, watch: int, held_out: int, see
     for each in (items, train or ()):
         if len({i.id for i in each}) < len(each):
             raise ValueError("item ids repeat: splits cannot be told apart")
-    groups = picture_groups([i for i in items if i.answer is not None])
+    scored = [i for i in items if i.answer is not None]
+    if len(scored) < gate + watch + held_out:
+        raise ValueError(f"too few items with answers: there are {len(scored)}, and the splits gate, watch and held_out "
+                         f"take {gate} + {watch} + {held_out}")
+    groups = picture_groups(scored)
     groups.sort(key=lambda group: hashlib.sha256(f"{seed} {min(i.id for i in group)}".encode()).digest())
     parts: dict[str, list[Item]] = {"gate": [], "watch": [], "held_out": []}
     sizes, rest = {"gate": gate, "watch": watch, "held_out": held_out}, list(groups)
@@ -46,9 +51,11 @@ def split_items(items: Sequence[Item], gate: int, watch: int, held_out: int, see
                 rest.remove(group)
             if len(part) == sizes[name]:
                 break
+        if len(part) < sizes[name] and rest:            # none fits: what is left of this one is not used at all
+            part += rest.pop(0)[:sizes[name] - len(part)]
         if len(part) < sizes[name]:
-            raise ValueError(f"too few items with answers: there are {len(items)} in all, and the splits gate, watch "
-                             f"and held_out take {gate} + {watch} + {held_out}")
+            raise ValueError(f"too few pictures: {len(scored)} items share {len(groups)}, and items that share one are "
+                             "not put into different splits")
     if train is None:
         train = [i for group in rest for i in group] + [i for i in items if i.answer is None]
     taken = [i for part in parts.values() for i in part]
@@ -69,7 +76,7 @@ def picture_groups(items: Sequence[Item]) -> list[list[Item]]:
         return i
     owner: dict[str, int] = {}
     for i, item in enumerate(items):
-        for key in item.picture_hashes():
+        for key in item.picture_hashes:
             parent[root(i)] = root(owner.setdefault(key, i))
     groups: dict[int, list[Item]] = {}
     for i, item in enumerate(items):
@@ -79,13 +86,13 @@ def picture_groups(items: Sequence[Item]) -> list[list[Item]]:
 
 def _apart(train: Sequence[Item], taken: Sequence[Item]) -> list[Item]:
     ids = {i.id for i in taken}
-    pictures = frozenset().union(*(i.picture_hashes() for i in taken))
-    return [i for i in train if i.id not in ids and not i.picture_hashes() & pictures]
+    pictures = frozenset().union(*(i.picture_hashes for i in taken))
+    return [i for i in train if i.id not in ids and not i.picture_hashes & pictures]
 
 
 def check_disjoint(splits: Splits) -> None:
     """AssertionError if two splits share an id or a picture."""
     seen: dict[str, str] = {}
     for name, part in vars(splits).items():
-        for key in {key for item in part for key in ({item.id} | item.picture_hashes())}:
+        for key in {key for item in part for key in ({item.id} | item.picture_hashes)}:
             assert seen.setdefault(key, name) == name, f"{key} is in the splits {seen[key]} and {name}"

@@ -515,8 +515,8 @@ def test_several_verifiers_share_one_student(tmp_path: Path, monkeypatch: pytest
 
     def score_candidates(answer: Any, chats: list[str], texts: list[list[str]]) -> list[list[SimpleNamespace]]:
         return [[SimpleNamespace(value=float(c.text), truncated=False) for c in answer(row)] for row in texts]
-    items = [SimpleNamespace(id=str(i), chat=lambda: "?") for i in range(50)]
-    fakes = {"eval": {"load_task": lambda name, data, split, limit: items[:limit],
+    items = [SimpleNamespace(id=str(i), answer="1" if i < 48 else None, chat=lambda: "?") for i in range(50)]
+    fakes = {"eval": {"load_task": lambda name, data, split: items,
                       "score": lambda item, text: SimpleNamespace(correct=text == "1", answer=text)},
              "model": {"generate": generate, "load_vlm": lambda path, device, dtype: path * (dtype == 32)},
              "verifier": {"score_candidates": score_candidates},

@@ -54,7 +54,7 @@ def test_there_is_no_end_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_splits_and_tasks_share_no_picture() -> None:
-    seen = [frozenset().union(*(i.picture_hashes() for i in load_task(task, split=split, limit=300)))
+    seen = [frozenset().union(*(i.picture_hashes for i in load_task(task, split=split, limit=300)))
             for task in QUESTIONS for split in ("demo", "make")]
     assert len(frozenset().union(*seen)) == sum(map(len, seen)) == 1800
 
@@ -151,7 +151,7 @@ MANY = [item(f"i{k}", f"p{k // 3 if k < 30 else k}", *(["shared"] if k in (40, 5
 
 
 def pictures_of(items: Sequence[Item]) -> set[str]:
-    return set().union(*(i.picture_hashes() for i in items))
+    return set().union(*(i.picture_hashes for i in items))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,0 +1,223 @@
+"""The demo on a small scale, by its command; its table and its picture, from made figures too."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from tasks import demo
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ["task", "frozen baseline", "agreement", "(candidates)", "own answers", "(student)", "published rule",
+           "gate before", "loss first", "last", "final accuracy", "gate after"]
+SMALL = ["--gate-items", "48", "--watch-items", "8", "--held-out-items", "16", "--items-per-round", "32",
+         "--rounds", "1", "--k", "4", "--min-pairs", "1", "--epochs", "99", "--steps-per-round", "3",
+         "--eval-every", "2", "--device", "cpu"]
+
+
+def cells(text: str) -> list[list[str]]:
+    """A printed table, row by row: cells stand two blanks apart."""
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
+
+
+def summary(task: str, before: str, after: str | None, losses: bool = True) -> dict[str, Any]:
+    """What finish() writes, as far as the demo reads it; no gate after training where nothing was trained."""
+    def figure(value: float) -> dict[str, float]:
+        return {"value": value, "low": 0.0, "high": 1.0, "n": 9}
+    return {"task": task, "baseline_accuracy": figure(0.5) if after else None,
+            "pre_gate": {"verdict": before, "reasons": ["why"], "published_verdict": "PASS",
+                         "rubric_accuracy": figure(0.91), "baseline_accuracy": figure(0.42),
+                         "own_answer_accuracy": figure(0.93), "greedy_accuracy": figure(0.44)},
+            "post_gate": {"verdict": after, "reasons": ["why"]} if after else None,
+            "final_accuracy": figure(0.625) if after else None,
+            "loss_first": 0.6931 if losses else None, "loss_last": 0.41 if losses else None}
+
+
+def write(folder: Path, outcome: dict[str, tuple[str, str | None]], losses: bool = True) -> None:
+    """A finished demo's two runs, as far as the report reads them."""
+    for task, (before, after) in outcome.items():
+        (folder / task).mkdir(parents=True)
+        (folder / task / "summary.json").write_text(json.dumps(summary(task, before, after, losses)))
+        log = [{"step": 0, "eval/accuracy": 0.5}]
+        if losses:
+            log += [{"step": k, "round": 1 + k // 5, "loss": 0.7 - k / 50} for k in range(1, 9)]
+            log += [{"step": 9, "round": 2, "loss": 0.5, "eval/accuracy": 0.75}]
+        if after:                                                           # a run that the gate stopped has no log
+            (folder / task / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+
+
+# ---- the command
+
+def test_small_demo(tmp_path: Path) -> None:
+    """Both tasks by the ordinary program, then the table and the picture. On so few items the gates may say either; the
+    exit status follows from what they said. Asked again, it touches nothing."""
+    out = tmp_path / "d"
+    command = [sys.executable, "train.py", "--out", str(out), *SMALL]
+    how = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True,
+           "timeout": 120}
+    done = subprocess.run(command, **how)
+    assert "Traceback" not in done.stderr, done.stderr
+    summaries = {task: json.loads((out / task / "summary.json").read_text()) for task in ("bar", "red")}
+    said = {task: (s["pre_gate"]["verdict"], (s["post_gate"] or {}).get("verdict")) for task, s in summaries.items()}
+    assert done.returncode == (0 if said == {"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")} else 1)
+    assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == ["== bar", "== red"]
+    shown = done.stdout.splitlines()
+    [head] = [k for k, line in enumerate(shown) if line.split()[:2] == ["task", "frozen"]]
+    table = cells("\n".join(shown[head:head + 3]))
+    assert table[0] == COLUMNS and [row[0] for row in table[1:]] == ["bar", "red"]
+    assert all(len(row) == len(COLUMNS) for row in table)
+    for _, *row in table[1:]:
+        assert row[0] != "-" and {row[5], row[6]} <= {"PASS", "BLOCK"}
+    picture = Path(next(line for line in shown if line.startswith("picture: ")).removeprefix("picture: "))
+    assert picture.parent == out and picture.stat().st_size > 100
+    assert {p.name for p in out.iterdir()} == {"bar", "red", picture.name}
+    for task in ("bar", "red"):
+        settings = json.loads((out / task / "config.json").read_text())
+        assert settings["task"] == task and settings["force"] is (task == "red") and settings["rounds"] == 1
+        assert (out / task / "metrics.jsonl").is_file() or summaries[task]["pre_gate"]["verdict"] == "BLOCK"
+    assert summaries["red"]["steps"] == 3 and summaries["red"]["post_gate"]["verdict"]
+    assert not (out / "red" / "deploy").exists() or summaries["red"]["post_gate"]["verdict"] == "PROMOTE"
+
+
+@pytest.fixture(autouse=True)
+def same_handler() -> Iterator[None]:
+    """The program sets a signal handler; the one of before is put back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("words", [[], ["--resume"]], ids=str)
+def test_existing_folder(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                         capsys: pytest.CaptureFixture) -> None:
+    """Exit 2, one sentence, nothing touched; the demo is not resumed either."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "mine").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "d"), "--device", "cpu", *words])
+    try:
+        status = train.cli()
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and said.startswith("train.py: ") and ("--resume" if words else "d exists") in said
+    assert (tmp_path / "d" / "mine").read_text() == "mine"
+
+
+def test_run_asks_main_for_both_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It replaces runs/demo, where it was not told another folder, and forces the second task alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "old").write_text("old")
+    asked = []
+
+    def main(cfg: train.Config, ranks: Any) -> int:
+        asked.append((cfg.task, cfg.force, cfg.out, cfg.seed))
+        write(Path(cfg.out).parent, {cfg.task: demo.EXPECTED[cfg.task]})
+        return 0
+    ranks = type("Ranks", (), {"first": True, "any": lambda self, flag: flag, "barrier": lambda self: None})()
+    assert demo.run(main, train.Config(seed=7), ranks) == 0
+    assert asked == [("bar", False, "runs/demo/bar", 7), ("red", True, "runs/demo/red", 7)]
+    assert not (tmp_path / "runs" / "demo" / "old").exists()
+
+
+# ---- the report
+
+@pytest.mark.parametrize("outcome, status", [
+    ({"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")}, 0),
+    ({"bar": ("PASS", "REJECT"), "red": ("BLOCK", "REJECT")}, 1),
+    ({"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "PROMOTE")}, 1),
+    ({"bar": ("PASS", "PROMOTE"), "red": ("PASS", "REJECT")}, 1),
+    ({"bar": ("BLOCK", None), "red": ("BLOCK", "REJECT")}, 1)], ids=str)
+def test_report_says_whether_it_went_as_expected(outcome: dict[str, tuple[str, str | None]], status: int,
+                                                 tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path, outcome)
+    assert demo.report(tmp_path) == status
+    shown = capsys.readouterr().out
+    assert "picture: " in shown and all(name in shown for name in COLUMNS)
+
+
+def test_report_without_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round was skipped: the loop logged what it watched and no loss; with matplotlib and without."""
+    write(tmp_path, {"bar": ("PASS", "REJECT"), "red": ("BLOCK", "REJECT")}, losses=False)
+    assert demo.report(tmp_path) == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert demo.report(tmp_path) == 1
+    assert (tmp_path / "demo.txt").is_file()
+
+
+def test_table() -> None:
+    """A row a task; what is not known is a dash."""
+    rows = cells(demo.table({"bar": summary("bar", "PASS", "PROMOTE"), "red": summary("red", "BLOCK", None, False)}))
+    assert rows[0] == COLUMNS
+    assert rows[1] == ["bar", "0.500", "0.910", "0.420", "0.930", "0.440", "PASS", "PASS", "0.693", "0.410", "0.625",
+                       "PROMOTE"]
+    assert rows[2] == ["red", "-", "0.910", "0.420", "0.930", "0.440", "PASS", "BLOCK", "-", "-", "-", "-"]
+    lines = demo.table({"bar": summary("bar", "PASS", "PROMOTE")}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_read_curves(tmp_path: Path) -> None:
+    write(tmp_path, {"bar": ("PASS", "PROMOTE")})
+    curves = demo.read_curves(tmp_path / "bar" / "metrics.jsonl")
+    assert curves["eval/accuracy"] == [(0, 0.5), (9, 0.75)]
+    assert [step for step, _ in curves["loss"]] == list(range(1, 10)) and curves["loss"][-1] == (9, 0.5)
+    assert curves["rounds"] == [(1, 1), (5, 2)]                             # each round's first step
+
+
+def test_smooth() -> None:
+    points = [(1, 1.0), (2, 2.0), (3, 6.0), (7, 7.0)]
+    assert demo.smooth(points, 2) == [(1, 1.0), (2, 1.5), (3, 4.0), (7, 6.5)]
+    assert demo.smooth(points, 9)[-1] == (7, 4.0) and demo.smooth([]) == []
+
+
+def test_text_plot() -> None:
+    """Each curve from its highest value, above, to its lowest; steps from left to right."""
+    lines = {"loss": [(k, 1.0 - k / 100) for k in range(1, 61)], "eval/accuracy": [(0, 0.2), (30, 0.3), (60, 0.8)]}
+    title, *grid, axis, loss, accuracy = demo.text_plot("bar", lines, width=40, height=10).splitlines()
+    assert title == "bar" and len(grid) == 10 and all(len(row) == 41 and row[0] == "|" for row in grid)
+    assert set(axis) == {"+", "-"} and len(axis) == 41
+    marks = {mark: [(x, y) for y, row in enumerate(grid) for x, c in enumerate(row[1:]) if c == mark] for mark in "lA"}
+    assert {(0, 9), (39, 0)} <= set(marks["A"]) and len(marks["A"]) == 3
+    falling = sorted(marks["l"])
+    assert falling[0][1] == 0 and max(y for _, y in falling) == 9 and len(falling) > 20
+    assert all(a[1] <= b[1] for a, b in zip(falling, falling[1:]))
+    assert loss == "l DPO loss 0.990 -> 0.420 (drawn from 0.420 to 0.990)"
+    assert accuracy == "A accuracy 0.200 -> 0.800 (drawn from 0.200 to 0.800)"
+
+
+def test_text_plot_of_one_point_or_none() -> None:
+    """A curve of one value, and a run without pairs, in which no loss was logged."""
+    assert "A accuracy 0.500 -> 0.500" in demo.text_plot("bar", {"loss": [(1, 0.7)], "eval/accuracy": [(0, 0.5)]})
+    text = demo.text_plot("bar", {"loss": [], "eval/accuracy": [(0, 0.5)]})
+    assert "A accuracy 0.500 -> 0.500" in text and "DPO loss" not in text
+    assert demo.text_plot("bar", {"loss": [], "eval/accuracy": []}).startswith("bar\n|")
+
+
+@pytest.mark.parametrize("losses", [True, False])
+def test_picture(tmp_path: Path, losses: bool) -> None:
+    pytest.importorskip("matplotlib")
+    write(tmp_path, demo.EXPECTED, losses)
+    curves = {task: demo.read_curves(tmp_path / task / "metrics.jsonl") for task in demo.EXPECTED}
+    path = demo.draw(curves, tmp_path)
+    assert path == tmp_path / "demo.png" and path.read_bytes().startswith(b"\x89PNG")
+    from matplotlib import pyplot
+    pyplot.close("all")
+
+
+def test_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                                    ) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    curves = {task: {"loss": [(1, 0.7), (2, 0.6)], "eval/accuracy": [(0, 0.5)]} for task in ("bar", "red")}
+    path = demo.draw(curves, tmp_path)
+    text = path.read_text()
+    assert path == tmp_path / "demo.txt" and all(demo.text_plot(task, curves[task]) in text for task in curves)
+    shown = capsys.readouterr().out
+    assert text.strip() in shown and "pip install matplotlib" in shown
