@@ -23,7 +23,7 @@ METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rew
            "logps/rejected")
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 64) -> Tensor:
     """log p(target) for each of N positions, fp32: (N,).
 
     hidden: (N, H) the states that predict them; weight: (V, H) of the LM head; targets: (N,). The head runs on `chunk`

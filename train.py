@@ -43,6 +43,7 @@ from verifier import Score, score_candidates
 TINY = Path(__file__).parent / "model" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAST = 10                                               # the loss "at the end" is the mean of this many steps
+SMALL = 10_000_000                                      # parameters of a model that one CPU thread serves best
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ def load_models(run: Run) -> tuple[VLM, VLM, VLM]:
     student = load_vlm(cfg.student, device, torch.float32)
     reference, verifier = (load_vlm(name, device, dtype).requires_grad_(False) for name in (cfg.student, cfg.verifier))
     student.compute_dtype = dtype
+    if device.type == "cpu" and sum(p.numel() for p in student.parameters()) < SMALL:
+        torch.set_num_threads(1)                        # threads that share so little work mostly wait for each other
     verifier.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
     if cfg.trainable == "language":
         student.tower.requires_grad_(False)
@@ -202,9 +205,9 @@ def load_models(run: Run) -> tuple[VLM, VLM, VLM]:
 
 
 def make_optimiser(cfg: Config, student: VLM) -> torch.optim.AdamW:
-    """AdamW over what is trained, fused on CUDA."""
+    """AdamW over what is trained."""
     parameters = [p for p in student.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=student.device.type == "cuda")
+    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 
 def gate_before(run: Run, student: VLM, verifier: VLM, items: Sequence[Item]) -> dict[str, Any]:

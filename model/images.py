@@ -31,10 +31,9 @@ class Picture:
     key: str
 
 
-def make_picture(x: np.ndarray, grid: tuple[int, int, int], tokens: int) -> Picture:
-    """A Picture whose key is a digest of its pixels and grid."""
-    key = hashlib.blake2b(x.tobytes() + repr(grid).encode(), digest_size=16).hexdigest()
-    return Picture(torch.from_numpy(x), grid, tokens, key)
+def picture_key(levels: np.ndarray, *settings: object) -> str:
+    """A digest of the resized uint8 picture and of whatever else its tensors depend on."""
+    return hashlib.blake2b(levels.tobytes() + repr((levels.shape, settings)).encode(), digest_size=16).hexdigest()
 
 
 def image_settings(folder: Path) -> Settings:
@@ -49,6 +48,9 @@ class Normalizer:
 
     def __init__(self, c: Settings):
         self.mean, self.std = (np.array(c[k], np.float32) for k in ("image_mean", "image_std"))
+
+    def __repr__(self) -> str:
+        return f"Normalizer({self.mean.tolist()}, {self.std.tolist()})"
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         return ((x.astype(np.float64) * (1 / 255)).astype(np.float32) - self.mean) / self.std
@@ -75,11 +77,13 @@ class QwenImages:
                                      self.max_pixels)
         if image.size != (width, height):
             image = image.resize((width, height), self.resample)
-        x = self.normalize(np.asarray(image))                                           # (H, W, C)
+        levels = np.asarray(image)                                                      # (H, W, C) uint8
+        x = self.normalize(levels)                                                      # (H, W, C)
         p, m, h, w = self.patch, self.merge, height // self.patch, width // self.patch
         x = x.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)     # (h/m, w/m, m, m, C, p, p)
         x = np.repeat(x.reshape(h * w, 3, 1, p, p), self.frames, axis=2).reshape(h * w, -1)  # a still: equal frames
-        return make_picture(x, (1, h, w), h * w // m ** 2)
+        key = picture_key(levels, self.normalize, p, m, self.frames)
+        return Picture(torch.from_numpy(x), (1, h, w), h * w // m ** 2, key)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -123,7 +127,8 @@ class MllamaImages:
         x = self.normalize(canvas).reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
         tiles = np.zeros((self.max_tiles, 3, side, side), np.float32)
         tiles[:rows * columns] = x.reshape(rows * columns, 3, side, side)
-        return make_picture(tiles, (1, rows, columns), 1)
+        key = picture_key(canvas, self.normalize, side, self.max_tiles)
+        return Picture(torch.from_numpy(tiles), (1, rows, columns), 1, key)
 
 
 def tile_arrangements(max_tiles: int) -> list[tuple[int, int]]:
