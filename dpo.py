@@ -16,25 +16,51 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 LOSS_TYPES = ("sigmoid", "ipo")
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
            "logps/rejected")
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 64) -> Tensor:
+class _TokenLogps(torch.autograd.Function):
+    """log softmax(W h)[target], `chunk` positions at a time; the backward pass computes their logits again.
+
+    d log p_t / d logits = onehot(t) - softmax(logits); the gradient of W is added up in place.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk, held, logps = chunk, weight.to(hidden.dtype), []
+        for states, wanted in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = F.linear(states, held).float()                                        # (chunk, V)
+            logps.append(logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        held, grad_hidden = weight.to(hidden.dtype), torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            slope = F.linear(hidden[part], held).float().softmax(-1).mul_(-grad[part, None])         # (chunk, V)
+            slope = slope.scatter_add_(1, targets[part, None], grad[part, None]).to(hidden.dtype)
+            grad_hidden[part] = slope @ held
+            if grad_weight is not None and weight.dtype == hidden.dtype:
+                grad_weight.addmm_(slope.mT, hidden[part])
+            elif grad_weight is not None:
+                grad_weight += slope.mT @ hidden[part]
+        return grad_hidden, grad_weight, None, None
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 128) -> Tensor:
     """log p(target) for each of N positions, fp32: (N,).
 
-    hidden: (N, H) the states that predict them; weight: (V, H) of the LM head; targets: (N,). The head runs on `chunk`
-    positions at a time and is recomputed for the backward pass, so no (N, V) tensor ever exists.
+    hidden: (N, H) the states that predict them; weight: (V, H) of the LM head; targets: (N,). Logits exist for `chunk`
+    positions at a time, in the forward pass and in the backward pass: never an (N, V) tensor.
     """
-    def part(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = F.linear(states, weight.to(states.dtype)).float()                         # (chunk, V)
-        return logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
-
-    pieces = zip(hidden.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])
+    return _TokenLogps.apply(hidden, weight, targets, chunk)
 
 
 def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
