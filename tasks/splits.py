@@ -38,8 +38,8 @@ def split_items(items: Sequence[Item], gate: int, watch: int, held_out: int, see
             raise ValueError("item ids repeat: splits cannot be told apart")
     scored = [i for i in items if i.answer is not None]
     if len(scored) < gate + watch + held_out:
-        raise ValueError(f"too few items with answers: there are {len(scored)}, and the splits gate, watch and held_out "
-                         f"take {gate} + {watch} + {held_out}")
+        raise ValueError(f"too few items with answers: there are {len(scored)}, and the splits gate, watch and "
+                         f"held_out take {gate} + {watch} + {held_out}")
     groups = picture_groups(scored)
     groups.sort(key=lambda group: hashlib.sha256(f"{seed} {min(i.id for i in group)}".encode()).digest())
     parts: dict[str, list[Item]] = {"gate": [], "watch": [], "held_out": []}
