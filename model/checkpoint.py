@@ -221,8 +221,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside and rename it, so that a reader sees the old file or the new one."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that a reader sees the old file or the new one."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so; NaN is a ValueError."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

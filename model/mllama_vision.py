@@ -115,7 +115,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor, arrangement: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """pixels: (N, K, C, side, side), unused tiles 0; arrangement: (rows, columns) -> (N, K, L, (1 + D) Dv)."""
-        (N, K), ratio = pixels.shape[:2], 1 + self.arrangements.index(arrangement)
+        K, ratio = pixels.shape[1], 1 + self.arrangements.index(arrangement)
         x = self.embed(pixels.to(dtype), ratio)                                           # (N, K, L8, Dv)
         order, used = self.token_order(K, arrangement[0] * arrangement[1], x.device)
         back = order.argsort()

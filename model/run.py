@@ -1,6 +1,6 @@
 """A training run from outside: its processes, its folder, its log, its checkpoints.
 
-    runs/NAME/  config.json  metrics.jsonl  summary.json  pairs/round-1.jsonl  checkpoints/step-000020/  deploy/
+    runs/NAME/  config.json  metrics.jsonl  summary.json  pairs/round-1.jsonl  checkpoints/step-000020-001/  deploy/
 
 Only rank 0 writes. Every file that others read appears whole or not at all; metrics.jsonl grows by whole lines.
 """
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import whole_folder, write_json
+from .checkpoint import whole_folder, write_json, write_text
 from .sampler import Completion, generate
 from .vlm import VLM, pick_device
 
@@ -184,9 +184,7 @@ class Run:
         if self.ranks.first:
             path = self.folder / name
             path.parent.mkdir(exist_ok=True)
-            aside = path.with_name(f".{path.name}.tmp")
-            aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            os.replace(aside, path)
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write checkpoints/NAME aside, sync and rename it; then drop all but the newest `cfg.keep`, by name.
@@ -228,9 +226,7 @@ class Run:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]                 # a killed run may leave half a line
             kept = [line for line in whole if json.loads(line)["step"] <= step]
-            aside = path.with_name(".metrics.jsonl.tmp")
-            aside.write_text("".join(kept), encoding="utf-8")
-            os.replace(aside, path)
+            write_text(path, "".join(kept))
 
 
 def read_state(path: Path) -> dict[str, Any]:

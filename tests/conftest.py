@@ -3,14 +3,25 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")          # before torch: what the tests compute is too small to share
+os.environ.setdefault("OMP_NUM_THREADS", "1")          # for the programs that tests start
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "true_shapes: one layer at a published model's widths, seconds each")
     config.addinivalue_line("markers", "cuda: needs a GPU, skipped without one")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """What the tests compute is so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -3,7 +3,7 @@ golden files that it made, and against themselves: batched = single, cached = un
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,6 @@ VARIANTS = {
     "mllama": ("mllama", False, "published", "published", 1, "meta"),
     "mllama-transformers": ("mllama", False, "transformers 5", "transformers 5", 3, "transformers"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The products here are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

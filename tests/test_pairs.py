@@ -2,7 +2,6 @@
 states: test_model.py.)"""
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,6 @@ from model import VLM, load_vlm
 from model.pairs import CHOSEN, PADDING, PROMPT, REJECTED, PairRows, pack_pairs, tree_mask
 from model.processor import collate
 from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The products here are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
