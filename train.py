@@ -14,7 +14,6 @@ Every draw is seeded by (--seed, round, what is drawn), so a resumed run repeats
 """
 from __future__ import annotations
 
-import math
 import random
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,8 @@ from torch import Tensor
 from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
 from eval import load_task, score as exact_match, score_answers
 from gate import decide_before, fell_significantly, gate_after, gather_records, measure, proportion
-from model import VLM, Completion, generate, load_vlm, save_vlm
+from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
+from model.optimise import make_optimiser, optimiser_step
 from model.pairs import PairRows, pack_pairs
 from model.processor import Chat
 from model.run import Interrupted, NonFinite, Ranks, Run, folder_digest
@@ -38,7 +38,7 @@ from replay import Pair, ReplayBuffer, form_pairs, select_pair
 from tasks import TASKS, Item, demo
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.splits import Splits, split_items
-from verifier import Score, score_candidates
+from verifier import REPLIES, VERDICTS, Score
 
 TINY = Path(__file__).parent / "model" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,6 +74,8 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature of the candidates", low=1e-3, high=1e3)
     top_p: float = flag(0.9, "nucleus of the candidates, 1 for the whole vocabulary", low=1e-3, high=1)
     max_new_tokens: int = flag(16, "longest answer of the student, in tokens", low=1)
+    verdict: str = flag("json", "how the verifier scores: generated JSON; logits: the expected score, nothing decoded",
+                        choices=tuple(VERDICTS))
     verdict_tokens: int = flag(16, "longest verdict, in tokens", low=1)
     sample_batch: int = flag(64, "items that are sampled, and prompts that are scored, together", low=1)
     # Pairs and replay
@@ -137,7 +139,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
     run = Run(cfg, ranks)
     splits = load_splits(cfg)                                                   # gate, watch, held_out, train: disjoint
     student, reference, verifier = load_models(run)                             # trained, frozen, frozen
-    optimiser, replay = make_optimiser(cfg, student), ReplayBuffer(cfg.capacity, cfg.min_margin)
+    optimiser, replay = make_optimiser(student, cfg.lr, cfg.weight_decay), ReplayBuffer(cfg.capacity, cfg.min_margin)
     state = restore(run, student, optimiser, replay)
     if state.pre_gate is None:
         state.pre_gate = gate_before(run, student, verifier, splits.gate)
@@ -204,12 +206,6 @@ def load_models(run: Run) -> tuple[VLM, VLM, VLM]:
     return student, reference, verifier
 
 
-def make_optimiser(cfg: Config, student: VLM) -> torch.optim.AdamW:
-    """AdamW over what is trained."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-
-
 def gate_before(run: Run, student: VLM, verifier: VLM, items: Sequence[Item]) -> dict[str, Any]:
     """Measure the verifier on the target task; the records are kept, `gate.py --records` reads them again."""
     records = gather_records(
@@ -246,13 +242,18 @@ def greedy(run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[Comple
 
 def score(run: Run, verifier: VLM, items: Sequence[Item], texts: Sequence[list[str]]) -> list[list[Score]]:
     """The verifier's verdict on every candidate text of every item. The items' answers are not read."""
-    def ask(chats: list[Chat]) -> list[Completion]:
-        outs = generate(verifier, chats, max_new_tokens=run.cfg.verdict_tokens, temperature=0,
-                        batch_size=run.cfg.sample_batch)
+    cfg = run.cfg
+
+    def reply(chats: list[Chat]) -> list[Completion]:
+        outs = generate(verifier, chats, max_new_tokens=cfg.verdict_tokens, temperature=0, batch_size=cfg.sample_batch)
         return [completion for [completion] in outs]
 
+    def digits(chats: list[Chat]) -> list[list[list[float]]]:
+        return next_digits(verifier, chats, REPLIES, cfg.sample_batch)
+
     def part(asked: Sequence[tuple[Item, list[str]]]) -> list[list[Score]]:
-        return score_candidates(ask, [item.chat() for item, _ in asked], [row for _, row in asked])
+        ask = digits if cfg.verdict == "logits" else reply
+        return VERDICTS[cfg.verdict](ask, [item.chat() for item, _ in asked], [row for _, row in asked])
     return run.ranks.map(part, list(zip(items, texts, strict=True)), run.cfg.sample_batch, "scoring")
 
 
@@ -296,22 +297,12 @@ def round_batches(cfg: Config, replay: ReplayBuffer, state: State) -> list[list[
                           seed=cfg.seed * 1000 + state.round)
 
 
-def learning_rate(cfg: Config, step: int) -> float:
-    """Linear warm-up, then a cosine to a tenth of the peak at the last step that the run may take (step from 1)."""
-    progress = step / (cfg.rounds * cfg.steps_per_round)
-    return cfg.lr * min(step / max(cfg.warmup_steps, 1), 0.55 + 0.45 * math.cos(math.pi * progress))
-
-
 def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: Sequence[Pair],
                by_id: dict[str, Item], state: State) -> dict[str, float]:
-    """One DPO step over `pairs`, shared between ranks and cut into micro-batches, normalised once over all of them.
+    """One DPO step over `pairs`; returns its metrics. Raises NonFinite with nothing updated."""
+    cfg = run.cfg
 
-    Returns the step's metrics; raises NonFinite, before anything is updated, if the loss or the gradient is.
-    """
-    cfg, ranks, parameters = run.cfg, run.ranks, optimiser.param_groups[0]["params"]
-    mine, totals = pairs[ranks.rank::ranks.world], torch.zeros(len(METRICS), device=student.device)
-    for start in range(0, len(mine), cfg.micro_batch):
-        part = mine[start:start + cfg.micro_batch]
+    def loss(part: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         rows, *policy = pair_logps(student, part, by_id)
         if rows.keys != [p.reference_key for p in part]:
             raise ValueError("a pair's reference log-probabilities belong to another prompt, picture or completion")
@@ -319,21 +310,11 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
                                  device=student.device).unbind(1)
         losses, metrics = pair_objective(policy, reference, rows.mask.sum(1).chunk(2), cfg.beta, cfg.label_smoothing,
                                          cfg.loss_type, cfg.length_normalised, cfg.nll_coefficient)
-        (losses.sum() / len(pairs)).backward()
-        totals += metrics.sum(1)
-    ranks.sum_gradients(parameters)
-    means = (ranks.sum(totals) / len(pairs)).tolist()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip).item()
+        return losses.sum(), metrics.sum(1)
     state.step, state.position = state.step + 1, state.position + 1
-    if not all(map(math.isfinite, (*means, norm))):
-        raise NonFinite(f"step {state.step}: the loss is {means[0]}, the gradient's norm {norm}; nothing was updated, "
-                        "the newest checkpoint is from before")
-    rate = optimiser.param_groups[0]["lr"] = learning_rate(cfg, state.step)
-    optimiser.step()
-    optimiser.zero_grad()
-    state.losses.append(means[0])
-    return {"step": state.step, "round": state.round + 1, **dict(zip(METRICS, means)), "grad_norm": norm, "lr": rate,
-            "pairs": len(pairs)}
+    row = optimiser_step(run, optimiser, pairs, loss, METRICS, state.step, cfg.rounds * cfg.steps_per_round)
+    state.losses.append(row["loss"])
+    return {"step": state.step, "round": state.round + 1, **row, "pairs": len(pairs)}
 
 
 # ---- looking, deciding, saving

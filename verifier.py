@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 RUBRIC = ('You grade an answer to a question about pictures. Reply with JSON only: {"score": s}, '
           's from 0.0 (wrong) to 1.0 (right).\nQuestion: ')
 CANDIDATE = "\nAnswer to grade: "
+REPLIES = ('{"score": ', '{"score": 0.')                             # after which a score's digits are read
 LAST_CHARACTERS = 20_000                                             # a verdict comes last; no more is searched for it
 
 
@@ -48,13 +49,37 @@ def score_candidates(answer: Callable[[list[list[dict]]], Sequence], chats: list
     `answer(chats)` returns one completion a chat, with `.text` and `.finish_reason` ("stop" or "length").
     Returns one list a chat, one Score a candidate. Equal candidates of an item are asked about once.
     """
+    return _for_each(lambda asked: [Score(parse_score(c.text), c.text, c.finish_reason == "length")
+                                    for c in answer(asked)], chats, candidates)
+
+
+def expected_scores(odds: Callable[[list[list[dict]]], Sequence], chats: list[list[dict]],
+                    candidates: list[list[str]]) -> list[list[Score]]:
+    """Score as `score_candidates` does, by the expected score, without decoding: P(1) + P(0) * E[first decimal].
+
+    `odds(chats)` returns for each chat, and each of REPLIES as the reply's beginning, the probabilities that the digits
+    0 to 9 come next. More than two levels come of it, where decoded scores have few. Ours, not the paper's. None where
+    neither 0 nor 1 is likely to come first: a model that would not reply with a score has none.
+    """
+    def expected(first: Sequence[float], decimal: Sequence[float]) -> Score:
+        mean = sum(d * p for d, p in enumerate(decimal)) / (10 * sum(decimal) or 1)
+        value = min(first[1] + first[0] * mean, 1.0) if first[0] + first[1] >= 0.5 else None
+        return Score(value, "" if value is None else f'{{"score": {value:.3f}}}')
+    return _for_each(lambda asked: [expected(*found) for found in odds(asked)], chats, candidates)
+
+
+def _for_each(judge: Callable[[list[list[dict]]], Iterable[Score]], chats: list[list[dict]],
+              candidates: list[list[str]]) -> list[list[Score]]:
+    """The judgement of every candidate's rubric prompt; equal candidates of an item are asked about once."""
     if len(chats) != len(candidates):
         raise ValueError(f"{len(chats)} chats and {len(candidates)} lists of candidates do not belong together")
     asked = [(i, text) for i, texts in enumerate(candidates) for text in dict.fromkeys(texts)]
-    completions = answer([rubric_chat(chats[i], text) for i, text in asked])
-    scores = {key: Score(parse_score(c.text), c.text, c.finish_reason == "length")
-              for key, c in zip(asked, completions, strict=True)}
+    scores = dict(zip(asked, judge([rubric_chat(chats[i], text) for i, text in asked]), strict=True))
     return [[scores[i, text] for text in texts] for i, texts in enumerate(candidates)]
+
+
+# a way to score -> score(ask, chats, candidates): what `ask` must answer is said in each one's docstring
+VERDICTS: dict[str, Callable] = {"json": score_candidates, "logits": expected_scores}
 
 
 # \text{x} and its kin; *x* and _x_ around words, but not products (2*3), bullets (* x), names (a_b) or rules (___)

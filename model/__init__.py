@@ -14,10 +14,10 @@ from .checkpoint import copy_settings, load_weights, read_settings, resolve_fold
 from .mllama import Mllama
 from .qwen2_5_vl import Qwen25VL
 from .qwen3_vl import Qwen3VL
-from .sampler import Completion, generate
+from .sampler import Completion, generate, next_digits
 from .vlm import VLM, pick_device
 
-__all__ = ["Completion", "VLM", "generate", "load_vlm", "save_vlm"]
+__all__ = ["Completion", "VLM", "generate", "load_vlm", "next_digits", "save_vlm"]
 
 FAMILIES: dict[str, type[VLM]] = {"qwen3_vl": Qwen3VL, "qwen2_5_vl": Qwen25VL, "mllama": Mllama}
 

@@ -99,6 +99,19 @@ class Row:
         return Row([*self.ids, *ids], positions, self.picture_keys, sees)
 
 
+def tree_mask(segments: list[list[int]], length: int) -> Tensor:
+    """(B, 1, T, T) bool: causal, and only to what a row's segments share (segment 0) or to one's own segment.
+
+    `segments`: each row's segment numbers, a token each; what a row lacks of `length` is padding.
+    """
+    kind = torch.full((len(segments), length), -1)
+    for b, row in enumerate(segments):
+        kind[b, :len(row)] = torch.tensor(row)
+    query, key = kind[:, :, None], kind[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return (causal & ((key == 0) | (key == query)))[:, None]
+
+
 def collate(rows: list[Row], pictures: dict[str, Picture], pad_id: int) -> Batch:
     """Right-pad rows to one length."""
     length = max(len(row.ids) for row in rows)

@@ -2,8 +2,8 @@
 layers, and what the towers and decoders of Qwen's generations have in common.
 
 Letters: B rows, T tokens of a row, H hidden size, nh query heads, nk key-value heads, g = nh / nk, hd head width;
-while sampling, P prompt tokens, n samples a prompt, R = B n rows, t tokens sampled so far; in a tower, N patches of all
-pictures, Dv its width.
+while sampling, G rows of prompts of P tokens, N samples a row, R = G N samples, t tokens sampled so far; in a tower, N
+patches of all pictures, Dv its width.
 
 Weights may be held in another dtype than the one computed in (fp32 weights, bf16 activations): every layer casts its
 weights to the dtype of its input.
@@ -86,11 +86,13 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tens
 
 
 class LayerCache:
-    """One layer's keys and values while sampling: B prompts, held once, and what their R = B n samples added."""
+    """One layer's keys and values while sampling: those of G rows of prompts, held once, and what their R = G N samples
+    added. A row may hold several prompts that begin alike; `visible` (G, N, P) says what belongs to a sample's prompt.
+    """
 
-    def __init__(self, prompt_mask: Tensor):
-        self.prompt_mask = prompt_mask.bool()                                   # (B, P), False on padding
-        self.prompt: tuple[Tensor, Tensor] | None = None                        # k, v: (B, nk, P, hd)
+    def __init__(self, visible: Tensor):
+        self.visible = visible                                                  # bool
+        self.prompt: tuple[Tensor, Tensor] | None = None                        # k, v: (G, nk, P, hd)
         self.sampled: tuple[Tensor, Tensor] | None = None                       # k, v: (R, nk, room >= t, hd)
         self.length = 0                                                         # t
 
@@ -105,23 +107,30 @@ class LayerCache:
         self.length += 1
         return tuple(held[:, :, :self.length] for held in self.sampled)
 
+    def keep(self, groups: Tensor, samples: Tensor) -> None:
+        """Go on with these of the G rows of prompts, (G',), and these of the R samples, (R',), in order."""
+        self.visible = self.visible.flatten(0, 1)[samples].unflatten(0, (len(groups), -1))
+        self.prompt = tuple(held[groups] for held in self.prompt)
+        self.sampled = self.sampled and tuple(held[samples] for held in self.sampled)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one new token a row to its prompt (read by all n samples of it) and to its own tokens.
+        """Attention of one new token a sample to its prompt (read by all samples of a row) and to its own tokens.
 
         q: (R, nh, 1, hd); k, v: (R, nk, 1, hd) -> (R, nh, 1, hd).
         """
         (prompt_k, prompt_v), (own_k, own_v) = self.prompt, self.append(k, v)
-        (R, nh, _, hd), (B, nk, P, _) = q.shape, prompt_k.shape
-        n, g = R // B, nh // nk
+        (R, nh, _, hd), (G, nk, P, _) = q.shape, prompt_k.shape
+        N, g = R // G, nh // nk
 
-        def by_prompt(x: Tensor) -> Tensor:                                     # (R, nk, g, *) -> (B, nk, n g, *)
-            return x.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)
+        def by_prompt(x: Tensor) -> Tensor:                                     # (R, nk, g, *) -> (G, nk, N g, *)
+            return x.unflatten(0, (G, N)).transpose(1, 2).flatten(2, 3)
 
-        def by_row(x: Tensor) -> Tensor:                                        # (B, nk, n g, *) -> (R, nk, g, *)
-            return x.unflatten(2, (n, g)).transpose(1, 2).flatten(0, 1)
+        def by_row(x: Tensor) -> Tensor:                                        # (G, nk, N g, *) -> (R, nk, g, *)
+            return x.unflatten(2, (N, g)).transpose(1, 2).flatten(0, 1)
         q = q.reshape(R, nk, g, hd) * hd ** -0.5
-        to_prompt = (by_prompt(q) @ prompt_k.mT).masked_fill(~self.prompt_mask[:, None, None], -torch.inf)
-        scores = torch.cat((by_row(to_prompt), q @ own_k.mT), -1)               # (R, nk, g, P + t)
+        hidden = ~self.visible.flatten(0, 1)[:, None, None]                     # (R, 1, 1, P)
+        to_prompt = by_row(by_prompt(q) @ prompt_k.mT).masked_fill(hidden, -torch.inf)
+        scores = torch.cat((to_prompt, q @ own_k.mT), -1)                       # (R, nk, g, P + t)
         weights = scores.float().softmax(-1).to(q.dtype)
         y = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v
         return y.reshape(R, nh, 1, hd)

@@ -17,7 +17,7 @@ layers.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .batch import TiledBatch
 from .checkpoint import Settings, either, rope_settings
 from .images import Picture
 from .layers import DecoderLayer, LayerCache, Linear, RMSNorm, SelfAttention, SwiGLU, attend, rope_frequencies
 from .mllama_vision import VisionTower, gate
-from .processor import MllamaProcessor, TiledBatch
+from .processor import MllamaProcessor
+from .prompts import Prompts
 from .vlm import VLM
 
 EXTRA_TOKENS = 8                                        # rows of the embedding beyond the vocabulary
@@ -59,6 +61,13 @@ class CrossCache:
     def __init__(self, prompt_mask: Tensor):
         self.last = prompt_mask.sum(1) - 1                                      # (B,)
         self.held: tuple[Tensor, Tensor, Sight] | None = None                   # k, v: (B, nk, S, hd)
+
+    def keep(self, groups: Tensor, samples: Tensor) -> None:
+        """Go on with these of the B rows of prompts; their samples hold nothing of their own here."""
+        if self.held is not None:
+            k, v, sight = self.held
+            self.held = k[groups], v[groups], replace(sight, **{
+                name: getattr(sight, name)[groups] for name in ("allowed", "attends", "live")})
 
 
 class CrossAttention(nn.Module):
@@ -239,7 +248,8 @@ class Mllama(VLM):
         """One token a row: tokens (R,), positions (R,) -> hidden states (R, H)."""
         return self.decoder(tokens[:, None], positions[:, None], None, None, cache, self.dtype)[:, 0]
 
-    def new_cache(self, batch: TiledBatch) -> list[LayerCache | CrossCache]:
-        """An empty cache for the prompts of `batch`, one entry a decoder layer."""
-        return [(CrossCache if isinstance(layer, CrossLayer) else LayerCache)(batch.attention_mask)
-                for layer in self.decoder.layers]
+    def new_cache(self, prompts: Prompts, n: int) -> list[LayerCache | CrossCache]:
+        """An empty cache for `n` samples of each of `prompts`, one entry a decoder layer."""
+        held = super().new_cache(prompts, n)
+        return [CrossCache(prompts.batch.attention_mask) if isinstance(layer, CrossLayer) else cache
+                for layer, cache in zip(self.decoder.layers, held)]

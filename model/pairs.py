@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .processor import Batch, Chat, Picture, Processor, collate
+from .batch import Batch, collate, tree_mask
+from .processor import Chat, Picture, Processor
 
-PROMPT, CHOSEN, REJECTED, PADDING = range(4)
+PROMPT, CHOSEN, REJECTED = range(3)
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,3 @@ def pack_pairs(processor: Processor, pairs: Sequence[tuple[Chat, Sequence[int], 
     keys = [hashlib.sha256(repr((row.ids, len(chosen), row.picture_keys)).encode()).hexdigest()
             for row, (_, chosen, _) in zip(rows, pairs)]
     return PairRows(batch, targets, sources, mask, keys)
-
-
-def tree_mask(segments: list[list[int]], length: int) -> Tensor:
-    """(B, 1, T, T) bool: causal, and only to the prompt or to one's own completion."""
-    kind = torch.full((len(segments), length), PADDING)
-    for b, row in enumerate(segments):
-        kind[b, :len(row)] = torch.tensor(row)
-    query, key = kind[:, :, None], kind[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return (causal & ((key == PROMPT) | (key == query)))[:, None]

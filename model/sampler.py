@@ -1,22 +1,32 @@
-"""Batched sampling: one prefill a prompt, n samples that read its keys and values.
+"""Batched sampling: one prefill of what prompts share, samples that read its keys and values.
 
 A draw is the inverse of the cumulative distribution at a uniform number. The numbers of a sample depend on the seed,
 the prompt's tokens and pictures, and the sample's number among equal prompts: not on batch, order, or ranks.
 
-Letters: B prompts, n samples a prompt, R = B n rows, V vocabulary.
+Letters: G rows of up to m prompts that begin alike (prompts.py), n samples a prompt, N = m n, R = G N samples,
+V vocabulary.
 """
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .processor import Batch, Chat
+from .batch import Row
+from .images import Picture
+from .processor import Chat
+from .prompts import Prompts, pack_prompts
 from .vlm import VLM
+
+LOOK = 16                                               # tokens between looks for finished samples on a GPU
+BLOCK = 128                                             # tokens of the vocabulary that are summed up at once
+NUCLEUS = 1024                                          # likeliest tokens among which a nucleus is looked for first
 
 
 @dataclass(frozen=True)
@@ -60,83 +70,166 @@ def generate(vlm: VLM, chats: list[Chat], n: int = 1, max_new_tokens: int = 256,
         raise ValueError(f"n is out of range: {n}")
     copies, n = (n, 1) if temperature == 0 else (1, n)              # greedy samples are equal: draw one
     seen: Counter[str] = Counter()
-    completions: list[list[Completion]] = []
+    completions: list[list[Completion]] = [[] for _ in chats]
     for start in range(0, len(chats), batch_size):
-        batch = vlm.processor(chats[start:start + batch_size], first=start)
-        uniforms = draw_uniforms(batch, n, max_new_tokens, seed, seen) if temperature else None
-        rows = sample_batch(vlm, batch, n, how, uniforms)
-        done = [finish(vlm, row) for row in rows.tolist()]
-        completions += [done[i:i + n] * copies for i in range(0, len(done), n)]
+        pictures: dict[str, Picture] = {}
+        rows = vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)
+        uniforms = draw_uniforms(rows, n, max_new_tokens, seed, seen) if temperature else None
+        for prompts in pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id):
+            tokens = sample_batch(vlm, prompts, n, how, uniforms).tolist()
+            for k, number in enumerate(prompts.numbers.flatten().tolist()):
+                if number >= 0:
+                    completions[start + number] = [finish(vlm, row) for row in tokens[k * n:(k + 1) * n]] * copies
     return completions
 
 
-def sample_batch(vlm: VLM, batch: Batch, n: int, how: Sampling, uniforms: Tensor | None) -> Tensor:
-    """Token ids (R, up to max_new_tokens), padded with -1 after each row's stop token."""
-    batch = batch.to(vlm.device)
-    cache = vlm.new_cache(batch)
-    hidden = vlm.hidden(batch, vlm.image_features(batch), cache)                          # (B, T, H)
-    lengths = batch.attention_mask.sum(1)
-    hidden = hidden[torch.arange(len(lengths), device=vlm.device), lengths - 1].repeat_interleave(n, 0)    # (R, H)
-    position = (batch.position_ids.amax((0, 2)) + 1).repeat_interleave(n)                 # (R,)
-    banned = banned_tokens(vlm)
-    stops = torch.tensor(sorted(vlm.stop_ids), device=vlm.device)
-    uniforms = None if uniforms is None else uniforms.to(vlm.device)
-    seen = prompt_tokens(vlm, batch).repeat_interleave(n, 0) if how.repetition_penalty != 1 else None
-    rows = torch.full((len(hidden), how.max_new_tokens), -1, device=vlm.device)
-    done = torch.zeros(len(hidden), dtype=torch.bool, device=vlm.device)
+def sample_batch(vlm: VLM, prompts: Prompts, n: int, how: Sampling, uniforms: Tensor | None) -> Tensor:
+    """Token ids (R, up to max_new_tokens), padded with -1 after each sample's stop token.
+
+    uniforms: (prompts, n, max_new_tokens), None: greedy. Samples that are finished are dropped as the batch goes on.
+    """
+    device, prompts = vlm.device, prompts.to(vlm.device)
+    cache, groups = vlm.new_cache(prompts, n), len(prompts.numbers)
+    hidden = vlm.hidden(prompts.batch, vlm.image_features(prompts.batch), cache)          # (G, T, H)
+    hidden = hidden[torch.arange(groups, device=device)[:, None], prompts.last]           # (G, m, H)
+    numbers, hidden, position = (x.flatten(0, 1).repeat_interleave(n, 0)                  # (R,), (R, H), (R,)
+                                 for x in (prompts.numbers, hidden, prompts.ends + 1))
+    uniforms = None if uniforms is None else uniforms.to(device)[prompts.numbers.flatten()].flatten(0, 1)
+    seen = prompt_tokens(vlm, prompts).repeat_interleave(n, 0) if how.repetition_penalty != 1 else None
+    banned, stops = banned_tokens(vlm), torch.tensor(sorted(vlm.stop_ids), device=device)
+    rows = torch.full((len(numbers), how.max_new_tokens), -1, device=device)
+    live, done = torch.arange(len(rows), device=device), numbers < 0
     for t in range(how.max_new_tokens):
         logits = vlm.logits(hidden).float()                                               # (R, V)
         if seen is not None:
             harder = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
             logits = torch.where(seen, harder, logits)
-        logits = logits.masked_fill(banned, -torch.inf)
+        logits = logits.masked_fill_(banned, -torch.inf)
         tokens = logits.argmax(-1) if uniforms is None else choose(
-            logits / how.temperature, how.top_p, how.top_k, uniforms[:, t])
-        rows[:, t] = tokens.masked_fill(done, -1)
-        done |= torch.isin(tokens, stops)
+            logits.div_(how.temperature), how.top_p, how.top_k, uniforms[:, t])
+        rows[live, t] = tokens.masked_fill(done, -1)
+        done = done | torch.isin(tokens, stops)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        if t + 1 == how.max_new_tokens or bool(done.all()):
-            return rows[:, :t + 1]
+        if t + 1 == how.max_new_tokens:
+            break
+        if device.type == "cpu" or t % LOOK == LOOK - 1:            # on a GPU a look at `done` waits for all that runs
+            if bool(done.all()):
+                break
+            left, index = remaining(done, groups)
+            if 4 * len(index) <= 3 * len(live):
+                for layer in cache:
+                    layer.keep(left, index)
+                groups, live, done, tokens, position = len(left), *(x[index] for x in (live, done, tokens, position))
+                uniforms, seen = (None if x is None else x[index] for x in (uniforms, seen))
         hidden = vlm.step(tokens, position + t, cache)
+    return rows[:, :t + 1]
+
+
+def remaining(done: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The rows of prompts with unfinished samples, (G',), and as many samples of each as the one with the most has:
+    (R',), unfinished ones first. done: (R,), R = groups * N."""
+    left = ~done.view(groups, -1)                                                         # (G, N)
+    kept = left.any(1).nonzero()[:, 0]
+    order = left[kept].byte().argsort(dim=1, descending=True, stable=True)[:, :int(left.sum(1).max())]
+    return kept, (kept[:, None] * left.shape[1] + order).flatten()
+
+
+@torch.no_grad()
+def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size: int = 64) -> list[list[list[float]]]:
+    """For each chat, and each of `replies` as the beginning of its reply, the probabilities that the next token begins
+    with the digits 0 to 9: (chats, replies, 10). The last reply must begin with every other, token by token."""
+    encoded = [vlm.processor.encode(reply) for reply in replies]
+    longest, found = encoded[-1], [[] for _ in chats]
+    for reply, ids in zip(replies, encoded):
+        if longest[:len(ids)] != ids:
+            raise ValueError(f"the tokens of {reply!r} do not begin those of {replies[-1]!r}")
+    digits = digit_tokens(vlm)
+    for start in range(0, len(chats), batch_size):
+        pictures: dict[str, Picture] = {}
+        rows = [row.extended(longest, row.positions.max() + 1 + np.arange(len(longest)))
+                for row in vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)]
+        for prompts in pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id):
+            prompts = prompts.to(vlm.device)
+            hidden = vlm.hidden(prompts.batch, vlm.image_features(prompts.batch))         # (G, T, H)
+            back = torch.tensor([len(longest) - len(ids) for ids in encoded], device=vlm.device)
+            row, column = torch.arange(len(hidden), device=vlm.device)[:, None, None], prompts.last[..., None] - back
+            odds = vlm.logits(hidden[row, column.clamp(min=0)]).float().softmax(-1)       # (G, m, replies, V)
+            odds = torch.stack([odds[..., ids].sum(-1) for ids in digits], -1)            # (G, m, replies, 10)
+            for number, each in zip(prompts.numbers.flatten().tolist(), odds.flatten(0, 1).tolist()):
+                if number >= 0:
+                    found[start + number] = each
+    return found
+
+
+def digit_tokens(vlm: VLM) -> list[Tensor]:
+    """The ids of the tokens that are numbers, by their first digit. Some tokenizers have a token for "85"."""
+    vocabulary, found = vlm.processor.tokenizer.get_vocab(), [[] for _ in range(10)]
+    for token, number in vocabulary.items():
+        if token.isascii() and token.isdigit():
+            found[int(token[0])].append(number)
+    return [torch.tensor(sorted(ids), dtype=torch.long, device=vlm.device) for ids in found]
 
 
 def choose(logits: Tensor, top_p: float, top_k: int, uniforms: Tensor) -> Tensor:
     """One token a row from softmax(logits) restricted to the top_k likeliest and, of these, the smallest set that
     holds top_p of the probability. logits: (R, V) fp32, uniforms: (R,) in [0, 1) -> (R,)."""
-    order = None
-    if top_k or top_p < 1:
-        logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))     # sorted, largest first
-    probabilities = logits.double().softmax(-1)
-    if top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    mass = probabilities.cumsum(-1)
-    picked = torch.searchsorted(mass, (uniforms * mass[:, -1])[:, None], right=True)      # (R, 1)
-    picked = picked.clamp(max=mass.shape[-1] - 1)
-    return (picked if order is None else order.gather(1, picked))[:, 0]
+    size = logits.shape[-1]
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()                             # (R, V)
+    if not top_k and top_p == 1:
+        return invert(weights, uniforms)
+    width = min(top_k or (NUCLEUS if logits.device.type == "cpu" else size), size)
+    total = None if top_k else weights.sum(-1, keepdim=True, dtype=torch.float64)         # (R, 1)
+    while True:
+        largest, order = weights.topk(width)                        # sorted, largest first
+        largest = largest.double()
+        running = largest.cumsum(-1)
+        mass = running[:, -1:] if total is None else total
+        if width == size or top_k or bool((running[:, -1:] >= top_p * mass).all()):
+            break
+        width = min(8 * width, size)                                # the nucleus is not in yet: on CPU, where a sort of
+    largest = largest.masked_fill(running - largest >= top_p * mass, 0)     # the whole vocabulary would be slow
+    return order.gather(1, invert(largest, uniforms)[:, None])[:, 0]
 
 
-def draw_uniforms(batch: Batch, n: int, steps: int, seed: int, seen: Counter[str]) -> Tensor:
-    """(R, steps) uniform numbers, each row's from a generator of its own; `seen` counts equal prompts so far."""
-    ids, mask, rows = batch.input_ids.numpy(), batch.attention_mask.numpy().astype(bool), []
-    for b, placed in enumerate(batch.placed):
-        keys = "".join(batch.pictures[i].key for i in placed)
-        prompt = hashlib.sha256(ids[b][mask[b]].tobytes() + keys.encode()).hexdigest()
+def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first place at which a row's running sum exceeds its share `uniforms` of the whole; it has weight.
+
+    weights: (R, V) not negative, uniforms: (R,) in [0, 1), double -> (R,). The running sum, in double, is over blocks
+    first and then inside one of them: one over the whole vocabulary costs as much as a layer.
+    """
+    missing = -weights.shape[1] % BLOCK
+    blocks = (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, BLOCK))     # (R, blocks, BLOCK)
+
+    def place(running: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:                  # and the share that is left
+        wanted = (shares * running[:, -1]).minimum(running[:, -1] * (1 - 1e-15))
+        at = torch.searchsorted(running, wanted[:, None], right=True)                     # (R, 1)
+        before = F.pad(running, (1, 0)).gather(1, at)
+        return at, ((wanted[:, None] - before) / (running.gather(1, at) - before))[:, 0]
+    block, rest = place(blocks.sum(-1).double().cumsum(-1), uniforms)
+    inside = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)         # (R, BLOCK)
+    return (block * BLOCK + place(inside, rest)[0])[:, 0]
+
+
+def draw_uniforms(rows: Sequence[Row], n: int, steps: int, seed: int, seen: Counter[str]) -> Tensor:
+    """(prompts, n, steps) uniform numbers, each sample's from a generator of its own; `seen` counts equal prompts."""
+    found = []
+    for row in rows:
+        prompt = hashlib.sha256(np.array(row.ids).tobytes() + "".join(row.picture_keys).encode()).hexdigest()
         for _ in range(n):
             name = f"{seed} {prompt} {seen[prompt]}"
             seen[prompt] += 1
             key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-            rows.append(np.random.Generator(np.random.Philox(key=key)).random(steps))
-    return torch.from_numpy(np.stack(rows))
+            found.append(np.random.Generator(np.random.Philox(key=key)).random(steps))
+    return torch.from_numpy(np.stack(found)).view(len(rows), n, steps)
 
 
-def prompt_tokens(vlm: VLM, batch: Batch) -> Tensor:
-    """(B, V) bool: the tokens of each prompt, as far as the head can say them."""
-    vocabulary = len(vlm.head_weight)
-    known = (batch.attention_mask.bool() & (batch.input_ids < vocabulary)).long()         # (B, T)
+def prompt_tokens(vlm: VLM, prompts: Prompts) -> Tensor:
+    """(G m, V) bool: the tokens of each prompt, as far as the head can say them."""
+    vocabulary, ids = len(vlm.head_weight), prompts.batch.input_ids[:, None]              # (G, 1, T)
+    known = (prompts.visible & (ids < vocabulary)).flatten(0, 1).long()                   # (G m, T)
     counts = torch.zeros(len(known), vocabulary, dtype=torch.long, device=vlm.device)
-    return counts.scatter_add(1, batch.input_ids * known, known) > 0
+    return counts.scatter_add(1, ids.expand_as(prompts.visible).flatten(0, 1) * known, known) > 0
 
 
 def banned_tokens(vlm: VLM) -> Tensor:

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch import Batch
 from .checkpoint import Settings
 from .layers import LayerCache, Linear
-from .processor import Batch, Picture, QwenProcessor
+from .processor import Picture, QwenProcessor
+from .prompts import Prompts
 
 
 class VLM(nn.Module):
@@ -82,9 +84,10 @@ class VLM(nn.Module):
                 raise ValueError(f"chat {b} holds {count} image placeholders, "
                                  f"the features of its {len(placed)} pictures need {wanted}")
 
-    def new_cache(self, batch: Batch) -> list[LayerCache]:
-        """An empty key-value cache for the prompts of `batch`, one entry a decoder layer."""
-        return [LayerCache(batch.attention_mask) for _ in self.decoder.layers]
+    def new_cache(self, prompts: Prompts, n: int) -> list[LayerCache]:
+        """An empty key-value cache for `n` samples of each of `prompts`, one entry a decoder layer."""
+        visible = prompts.visible.repeat_interleave(n, 1)                                 # (G, m n, T)
+        return [LayerCache(visible) for _ in self.decoder.layers]
 
 
 class QwenVL(VLM):

@@ -54,6 +54,7 @@ from dpo import sequence_logps  # noqa: E402
 from eval import make_item, score as exact_match  # noqa: E402
 from model import FAMILIES, VLM, generate, load_vlm  # noqa: E402
 from model.checkpoint import load_weights, read_settings  # noqa: E402
+from model.optimise import make_optimiser  # noqa: E402
 from model.run import Ranks, Run  # noqa: E402
 from model.vlm import FeatureCache  # noqa: E402
 from replay import Pair  # noqa: E402
@@ -91,7 +92,7 @@ def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
     student, reference = load_vlm(folder, size.device), load_vlm(folder, size.device, dtype).requires_grad_(False)
     student.compute_dtype = dtype
     student.tower.requires_grad_(False)
-    optimiser, state, items, pairs = train.make_optimiser(cfg, student), train.State(), {}, []
+    optimiser, state, items, pairs = make_optimiser(student, cfg.lr, cfg.weight_decay), train.State(), {}, []
     for i, (image, text) in enumerate(questions(size, size.pairs)):
         encoded = io.BytesIO()
         image.save(encoded, "PNG")

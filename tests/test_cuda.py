@@ -21,6 +21,7 @@ from torch import Tensor
 import train
 from eval import load_task, score
 from model import VLM, generate, load_vlm, save_vlm
+from model.prompts import pack_prompts
 from model.run import Ranks, Run
 from replay import Pair
 from tasks import Item
@@ -128,10 +129,12 @@ def test_packed_pairs_equal_separate_sequences(fast: VLM, exact: VLM, items: lis
 
 def alone(vlm: VLM, item: Item, completion: tuple[int, ...]) -> float:
     """A completion's log-probability after its prompt in a sequence of its own: fed token by token, with a cache."""
-    batch = vlm.processor([item.chat()]).to(vlm.device)
-    cache = vlm.new_cache(batch)
-    hidden = vlm.hidden(batch, vlm.image_features(batch), cache)[:, -1]                 # (1, H)
-    total, position = 0.0, batch.position_ids.amax().view(1) + 1
+    pictures: dict = {}
+    rows = vlm.processor.rows([item.chat()], pictures)
+    prompts = pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id)[0].to(vlm.device)
+    cache = vlm.new_cache(prompts, 1)
+    hidden = vlm.hidden(prompts.batch, vlm.image_features(prompts.batch), cache)[:, -1]  # (1, H)
+    total, position = 0.0, prompts.ends[0] + 1
     for t, token in enumerate(completion):
         total += vlm.logits(hidden)[0].float().log_softmax(-1)[token].item()
         hidden = vlm.step(torch.tensor([token], device=vlm.device), position + t, cache)
@@ -153,8 +156,8 @@ def test_one_step(tmp_path: Path, items: list[Item]) -> None:
     assert {p.dtype for p in trained.values()} == {torch.float32} and student.dtype == torch.bfloat16
     before, frozen = ({n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad is wanted}
                       for wanted in (True, False))
-    optimiser = train.make_optimiser(run.cfg, student)
-    assert optimiser.defaults["fused"] is (DEVICE == "cuda")
+    optimiser = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay)
+    assert optimiser.defaults["fused"]
     state = State()
     row = train.train_step(run, student, optimiser, pairs, by_id, state)
     assert row["loss"] == pytest.approx(math.log(2), abs=5e-3) and math.isfinite(row["grad_norm"])
@@ -169,7 +172,7 @@ def test_the_loss_falls(tmp_path: Path, items: list[Item]) -> None:
     run, student, reference, _ = parts(tmp_path, lr=1e-4, warmup_steps=1, trainable="all")
     by_id, state = {item.id: item for item in items}, State()
     pairs = train.with_reference_logps(run, reference, pairs_of(items[:32], student), by_id)
-    optimiser = train.make_optimiser(run.cfg, student)
+    optimiser = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay)
     log = [train.train_step(run, student, optimiser, pairs, by_id, state) for _ in range(10)]
     assert log[-1]["loss"] < log[0]["loss"] - 0.05 and log[-1]["rewards/accuracies"] > 0.9
 
@@ -179,7 +182,7 @@ def test_checkpoints_come_back(tmp_path: Path, items: list[Item]) -> None:
     run, student, reference, _ = parts(tmp_path, lr=1e-3)
     by_id, state = {item.id: item for item in items}, State()
     pairs = train.with_reference_logps(run, reference, pairs_of(items[:8], student), by_id)
-    optimiser, replay = train.make_optimiser(run.cfg, student), train.ReplayBuffer(8, 0.5)
+    optimiser, replay = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay), train.ReplayBuffer(8, 0.5)
     train.train_step(run, student, optimiser, pairs, by_id, state)
     train.save(run, state, student, optimiser, replay)
     saved = run.load()
@@ -187,7 +190,7 @@ def test_checkpoints_come_back(tmp_path: Path, items: list[Item]) -> None:
                for n, t in saved["model"].items())
     other = load_vlm(TINY / "student", DEVICE)
     other.tower.requires_grad_(False)
-    fresh = train.make_optimiser(run.cfg, other)
+    fresh = train.make_optimiser(other, run.cfg.lr, run.cfg.weight_decay)
     assert train.restore(run, other, fresh, replay).step == 1
     assert all(torch.equal(p, student.get_parameter(n)) for n, p in other.named_parameters())
     for old, new in zip(optimiser.state.values(), fresh.state.values(), strict=True):

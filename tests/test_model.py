@@ -18,6 +18,7 @@ from model import VLM, generate, load_vlm, save_vlm
 from model.layers import RMSNorm
 from model.pairs import pack_pairs
 from model.processor import collate
+from model.prompts import pack_prompts
 from model.sampler import banned_tokens
 from model.vlm import FeatureCache
 from tiny import (CONFIGS, chat, disk_name, example_chats, follow_meta, load_reference, picture, reference_greedy,
@@ -113,14 +114,16 @@ def test_cached_steps_equal_a_full_pass(case: tuple[str, VLM]) -> None:
     _, vlm = case
     pictures: dict = {}
     rows = vlm.processor.rows(example_chats(), pictures)
-    batch, new = collate(rows, pictures, vlm.processor.pad_id), [7, 99, 41]
+    new = [7, 99, 41]
     start = [int(row.positions.max()) + 1 for row in rows]
     full = collate([row.extended(new, s + np.arange(3)) for row, s in zip(rows, start)], pictures, vlm.processor.pad_id)
     expected = vlm(full)
-    cache = vlm.new_cache(batch)
-    vlm.hidden(batch, vlm.image_features(batch), cache)
+    [prompts] = pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id)
+    assert prompts.numbers.tolist() == [[b] for b in range(len(rows))]                    # no two begin alike
+    cache = vlm.new_cache(prompts, 2)                                                     # two samples a prompt
+    vlm.hidden(prompts.batch, vlm.image_features(prompts.batch), cache)
     for t, token in enumerate(new):
-        position = torch.tensor(start).repeat_interleave(2) + t                           # two samples a prompt
+        position = torch.tensor(start).repeat_interleave(2) + t
         logits = vlm.logits(vlm.step(torch.full((len(position),), token), position, cache))
         for b, row in enumerate(rows):
             for sample in (2 * b, 2 * b + 1):

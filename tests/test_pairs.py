@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dpo import sequence_logps
 from model import VLM, load_vlm
-from model.pairs import CHOSEN, PADDING, PROMPT, REJECTED, PairRows, pack_pairs, tree_mask
-from model.processor import collate
+from model.batch import collate, tree_mask
+from model.pairs import CHOSEN, PROMPT, REJECTED, PairRows, pack_pairs
 from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
 
 
@@ -120,7 +120,7 @@ def test_predictors_take_each_row_its_own_states() -> None:
 
 def test_tree_mask() -> None:
     mask = tree_mask([[PROMPT, PROMPT, CHOSEN, CHOSEN, REJECTED], [PROMPT, CHOSEN, REJECTED]], 5)
-    assert mask.shape == (2, 1, 5, 5) and PADDING not in (PROMPT, CHOSEN, REJECTED)
+    assert mask.shape == (2, 1, 5, 5)
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
                                          [1, 1, 0, 0, 1]]
     assert mask[1, 0, :3].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]

@@ -116,7 +116,8 @@ def test_rows_are_drawn_on_their_own() -> None:
 # ---- a sample's own numbers
 
 def numbers(vlm: VLM, chats: list, n: int = 2, seed: int = 0, seen: Counter | None = None) -> Tensor:
-    return draw_uniforms(vlm.processor(chats), n, 16, seed, Counter() if seen is None else seen)
+    rows = vlm.processor.rows(chats, {})
+    return draw_uniforms(rows, n, 16, seed, Counter() if seen is None else seen).flatten(0, 1)
 
 
 def test_uniforms_belong_to_prompt_pictures_and_seed(vlm: VLM) -> None:
@@ -136,7 +137,7 @@ def test_uniforms_belong_to_prompt_pictures_and_seed(vlm: VLM) -> None:
 
 
 def test_uniforms_are_uniform(vlm: VLM) -> None:
-    found = draw_uniforms(vlm.processor([chat("a"), chat("b")]), 50, 200, 0, Counter())
+    found = draw_uniforms(vlm.processor.rows([chat("a"), chat("b")], {}), 50, 200, 0, Counter()).flatten(0, 1)
     bins = torch.bincount((found * 10).long().flatten(), minlength=10)
     assert ((bins - 2000) ** 2 / 2000).sum() < 33.7                     # 9 degrees of freedom, 1 in 10,000
     assert abs(torch.corrcoef(found)[0, 1:]).max() < 0.35               # neighbouring samples are not alike

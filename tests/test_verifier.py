@@ -11,7 +11,7 @@ from PIL import Image
 
 from tasks import Item
 from tasks.shapes import make_item
-from verifier import RUBRIC, Score, parse_score, rubric_chat, score_candidates
+from verifier import RUBRIC, Score, expected_scores, parse_score, rubric_chat, score_candidates
 
 # ---- verdicts
 
@@ -183,3 +183,30 @@ def test_items_without_answers_are_scored() -> None:
         return [SimpleNamespace(text='{"score": 0.5}', finish_reason="stop") for _ in chats]
     scores = [score_candidates(answer, [item.chat()], [["x", "y"]]) for item in (known, hidden)]
     assert scores[0] == scores[1] == [[Score(0.5, '{"score": 0.5}')] * 2] and prompts[0] == prompts[1]
+
+
+def odds(**given: float) -> list[float]:
+    """Probabilities of the digits 0 to 9, those of `given` as d3=0.2."""
+    return [given.get(f"d{d}", 0.0) for d in range(10)]
+
+
+@pytest.mark.parametrize("first, decimal, expected", [
+    (odds(d0=1.0), odds(d3=1.0), 0.3),
+    (odds(d1=1.0), odds(d9=1.0), 1.0),
+    (odds(d0=0.75, d1=0.25), odds(d2=0.5, d6=0.5), 0.25 + 0.75 * 0.4),
+    (odds(d0=0.6, d1=0.2, d7=0.1), odds(d2=0.1, d6=0.1), 0.2 + 0.6 * 0.4),                  # the decimals' mean
+    (odds(d0=0.5), odds(), 0.0),                                                            # no digit comes second
+    (odds(d0=0.3, d1=0.19), odds(d5=1.0), None),                                            # no score would be said
+    (odds(), odds(), None),
+    (odds(d0=1e-9, d1=1.0000001), odds(d9=1.0), 1.0),                                       # rounding
+])
+def test_expected_score(first: list[float], decimal: list[float], expected: float | None) -> None:
+    asked: list = []
+
+    def next_digits(chats: list) -> list:
+        asked.extend(chats)
+        return [[first, decimal]] * len(chats)
+    [[score, again], [other]] = expected_scores(next_digits, questions("a", "b"), [["1", "1"], ["2"]])
+    assert score == again == other and len(asked) == 2
+    assert score.value == (None if expected is None else pytest.approx(expected)) and not score.truncated
+    assert expected is None or 0 <= score.value <= 1 and parse_score(score.text) == pytest.approx(expected, abs=6e-4)
