@@ -30,22 +30,26 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.chunk, held, logps = chunk, weight.to(hidden.dtype), []
+        held, logps, normalisers = weight.to(hidden.dtype), [], []
         for states, wanted in zip(hidden.split(chunk), targets.split(chunk)):
             logits = F.linear(states, held).float()                                        # (chunk, V)
-            logps.append(logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
+            picked, top = logits.gather(-1, wanted[:, None])[:, 0], logits.amax(-1)
+            normalisers.append(top + logits.sub_(top[:, None]).exp_().sum(-1).log())       # log-sum-exp, in place
+            logps.append(picked - normalisers[-1])
+        ctx.chunk = chunk
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, normalisers = ctx.saved_tensors
         held, grad_hidden = weight.to(hidden.dtype), torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            slope = F.linear(hidden[part], held).float().softmax(-1).mul_(-grad[part, None])         # (chunk, V)
-            slope = slope.scatter_add_(1, targets[part, None], grad[part, None]).to(hidden.dtype)
+            slope = F.linear(hidden[part], held).float().sub_(normalisers[part, None]).exp_()        # (chunk, V)
+            slope = slope.mul_(-grad[part, None]).scatter_add_(1, targets[part, None], grad[part, None])
+            slope = slope.to(hidden.dtype)
             grad_hidden[part] = slope @ held
             if grad_weight is not None and weight.dtype == hidden.dtype:
                 grad_weight.addmm_(slope.mT, hidden[part])

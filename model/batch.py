@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .images import Picture, tile_arrangements
+from .layers import Tree
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Batch:
     position_ids: Tensor                                # (3, B, T) long: time, height, width; 0 on padding
     pictures: list[Picture] = field(default_factory=list)
     placed: list[list[int]] = field(default_factory=list)
-    mask: Tensor | None = None                          # (B, 1, T, T) bool; None: causal
+    tree: Tree | None = None                            # what a token attends to, where rows branch; None: causal
 
     @property
     def in_order(self) -> list[Picture]:
@@ -42,7 +43,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its token tensors on `device`; pictures move when they are encoded."""
         held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)})
+        return replace(self, **{name: x.to(device) for name, x in held.items() if isinstance(x, (Tensor, Tree))})
 
 
 @dataclass
@@ -97,19 +98,6 @@ class Row:
         sees = None if self.sees is None else np.concatenate((self.sees, np.repeat(self.sees[-1:], len(ids), 0)))
         positions = np.concatenate((self.positions, np.broadcast_to(positions, (3, len(ids)))), 1)
         return Row([*self.ids, *ids], positions, self.picture_keys, sees)
-
-
-def tree_mask(segments: list[list[int]], length: int) -> Tensor:
-    """(B, 1, T, T) bool: causal, and only to what a row's segments share (segment 0) or to one's own segment.
-
-    `segments`: each row's segment numbers, a token each; what a row lacks of `length` is padding.
-    """
-    kind = torch.full((len(segments), length), -1)
-    for b, row in enumerate(segments):
-        kind[b, :len(row)] = torch.tensor(row)
-    query, key = kind[:, :, None], kind[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]
 
 
 def collate(rows: list[Row], pictures: dict[str, Picture], pad_id: int) -> Batch:

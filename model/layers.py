@@ -10,6 +10,7 @@ weights to the dtype of its input.
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -61,13 +62,66 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(hd) + mask) v; key-value head j serves query heads j g .. (j + 1) g - 1.
 
-    q: (B, nh, T, hd); k, v: (B, nk, S, hd); mask: (B, 1, T, S) bool, True where allowed. With a mask, k and
-    v are repeated for the query heads: the fused kernel that takes masks does not share them.
+    q: (B, nh, T, hd); k, v: (B, nk, S, hd); mask: (B, 1, T, S) bool, True where allowed. On CUDA the
+    fused kernel that takes masks does not share k and v between query heads: they are repeated.
     """
-    if mask is not None and q.shape[1] != k.shape[1]:
+    if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))       # (B, nh, S, hd)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Rows that branch: [beginning | end 1 | .. | end m], causal, each end attending to the beginning and to itself.
+
+    The beginnings are attended to without a mask, then each end as a sequence of its own behind a copy of the keys and
+    values of its beginning: what the ends do not see of each other is not computed. Letters: P columns of the longest
+    beginning, E of the longest end.
+    """
+    beginning: int                                                              # P
+    columns: Tensor                                                             # (B, m E) of each end's tokens
+    places: Tensor                                                              # (B, T) of each column in [P | m E]
+    allowed: Tensor                                                             # (B m, 1, E, P + E) bool
+
+    @staticmethod
+    def of(segments: list[list[int]], length: int) -> Tree:
+        """`segments`: the segment of each row's tokens, 0 the beginning, 1 .. m the ends, in this order; T = `length`.
+        """
+        starts = [[row.count(0)] for row in segments]
+        m = max(max(row) for row in segments)
+        for row, start in zip(segments, starts):
+            start += [start[0] + sum(1 <= s <= k for s in row) for k in range(1, m + 1)]
+        bounds = torch.tensor(starts)                                           # (B, 1 + m) where each segment ends
+        sizes, P = bounds.diff(), int(bounds[:, 0].max())
+        E = int(sizes.max())
+        columns = bounds[:, :-1, None] + torch.arange(E)                        # (B, m, E)
+        real = torch.arange(E) < sizes[..., None]
+        places = torch.arange(length).clamp(max=P - 1).repeat(len(segments), 1)               # padding: anywhere
+        rows = torch.arange(len(segments))[:, None, None].expand_as(real)
+        places[rows[real], columns[real]] = (P + torch.arange(m * E)).view(m, E).expand_as(real)[real]
+        begun = (torch.arange(P) < bounds[:, :1])[:, None, None].expand(-1, m, E, P)
+        own = torch.ones(E, E, dtype=torch.bool).tril().expand(len(segments), m, E, E)
+        allowed = torch.cat((begun, own), -1).flatten(0, 1)[:, None]
+        return Tree(P, columns.clamp(max=length - 1).flatten(1), places, allowed)
+
+    def to(self, device: torch.device | str) -> Tree:
+        return Tree(self.beginning, *(x.to(device) for x in (self.columns, self.places, self.allowed)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: (B, nh, T, hd); k, v: (B, nk, T, hd) -> (B, nh, T, hd)."""
+        P, m = self.beginning, len(self.allowed) // len(q)
+
+        def ends(x: Tensor) -> Tensor:                                          # (B, h, T, hd) -> (B m, h, E, hd)
+            x = x.gather(2, self.columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+            return x.unflatten(2, (m, -1)).transpose(1, 2).flatten(0, 1)
+
+        def behind(x: Tensor) -> Tensor:                                        # (B, h, T, hd) -> (B m, h, P + E, hd)
+            return torch.cat((x[:, :, :P].repeat_interleave(m, 0), ends(x)), 2)
+        first = attend(*(x[:, :, :P] for x in (q, k, v)), causal=True)          # (B, nh, P, hd)
+        rest = attend(ends(q), behind(k), behind(v), self.allowed)              # (B m, nh, E, hd)
+        rest = rest.unflatten(0, (-1, m)).transpose(1, 2).flatten(2, 3)         # (B, nh, m E, hd)
+        return torch.cat((first, rest), 2).gather(2, self.places[:, None, :, None].expand_as(q))
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -151,7 +205,7 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, qk_norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(head_dim, qk_norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tree: Tree | None, cache: LayerCache | None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, heads, T, hd)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
@@ -160,7 +214,7 @@ class SelfAttention(nn.Module):
         else:
             if cache is not None:
                 cache.prompt = k, v
-            y = attend(q, k, v, mask, causal=True)
+            y = attend(q, k, v, causal=True) if tree is None else tree.attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, T, H)
 
 
@@ -187,8 +241,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tree: Tree | None, cache: LayerCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, tree, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -260,9 +314,9 @@ class MRopeDecoder(nn.Module):
         angles = position_ids[axis].movedim(0, -1).float() * inverse                          # (B, T, hd / 2)
         return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
 
-    def forward(self, x: Tensor, position_ids: Tensor, mask: Tensor | None, cache: list[LayerCache] | None) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor, tree: Tree | None, cache: list[LayerCache] | None) -> Tensor:
         """x: (B, T, H), image tokens in place -> (B, T, H)."""
         rope = self.rope(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache[i] if cache else None)
+            x = layer(x, rope, tree, cache[i] if cache else None)
         return self.norm(x)

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .batch import TiledBatch
 from .checkpoint import Settings, either, rope_settings
 from .images import Picture
-from .layers import DecoderLayer, LayerCache, Linear, RMSNorm, SelfAttention, SwiGLU, attend, rope_frequencies
+from .layers import DecoderLayer, LayerCache, Linear, RMSNorm, SelfAttention, SwiGLU, Tree, attend, rope_frequencies
 from .mllama_vision import VisionTower, gate
 from .processor import MllamaProcessor
 from .prompts import Prompts
@@ -58,8 +58,8 @@ class CrossCache:
     """A cross-attention layer's keys and values of the pictures, and what each prompt's last token sees: sampled tokens
     see the same. Empty when no prompt of the batch has a picture."""
 
-    def __init__(self, prompt_mask: Tensor):
-        self.last = prompt_mask.sum(1) - 1                                      # (B,)
+    def __init__(self, last: Tensor):
+        self.last = last                                                        # (B,) a column that sees what they see
         self.held: tuple[Tensor, Tensor, Sight] | None = None                   # k, v: (B, nk, S, hd)
 
     def keep(self, groups: Tensor, samples: Tensor) -> None:
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - keep) * inverse / self.scaling["factor"] + keep * inverse
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, sight: Sight | None,
+    def forward(self, tokens: Tensor, positions: Tensor, tree: Tree | None, sight: Sight | None,
                 cache: list[LayerCache | CrossCache] | None, dtype: torch.dtype) -> Tensor:
         """tokens, positions: (B, T) -> (B, T, H) in `dtype`."""
         x = self.embed_tokens(tokens).to(dtype)
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         rope = angles.cos().to(dtype), angles.sin().to(dtype)
         for i, layer in enumerate(self.layers):
             held = cache[i] if cache else None
-            x = layer(x, sight, held) if isinstance(layer, CrossLayer) else layer(x, rope, mask, held)
+            x = layer(x, sight, held) if isinstance(layer, CrossLayer) else layer(x, rope, tree, held)
         return self.norm(x)
 
 
@@ -241,7 +241,7 @@ class Mllama(VLM):
     def hidden(self, batch: TiledBatch, features: list[Tensor],
                cache: list[LayerCache | CrossCache] | None = None) -> Tensor:
         """Final hidden states (B, T, H); `features` holds one entry a picture, in the order of the prompts."""
-        return self.decoder(batch.input_ids, batch.position_ids[0], batch.mask, self.sight(batch, features), cache,
+        return self.decoder(batch.input_ids, batch.position_ids[0], batch.tree, self.sight(batch, features), cache,
                             self.dtype)
 
     def step(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache | CrossCache]) -> Tensor:
@@ -251,5 +251,5 @@ class Mllama(VLM):
     def new_cache(self, prompts: Prompts, n: int) -> list[LayerCache | CrossCache]:
         """An empty cache for `n` samples of each of `prompts`, one entry a decoder layer."""
         held = super().new_cache(prompts, n)
-        return [CrossCache(prompts.batch.attention_mask) if isinstance(layer, CrossLayer) else cache
+        return [CrossCache(prompts.last[:, 0]) if isinstance(layer, CrossLayer) else cache
                 for layer, cache in zip(self.decoder.layers, held)]

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, collate, tree_mask
+from .batch import Batch, collate
+from .layers import Tree
 from .processor import Chat, Picture, Processor
 
-PROMPT, CHOSEN, REJECTED = range(3)
+PROMPT, CHOSEN, REJECTED = range(3)                     # segments of a row
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def pack_pairs(processor: Processor, pairs: Sequence[tuple[Chat, Sequence[int], 
         rows.append(prompt.extended([*chosen, *rejected], own))
         segments.append([PROMPT] * len(prompt.ids) + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
     batch = collate(rows, pictures, processor.pad_id)
-    batch = replace(batch, mask=tree_mask(segments, batch.input_ids.shape[1]))
+    batch = replace(batch, tree=Tree.of(segments, batch.input_ids.shape[1]))
     sides = [side for which in (1, 2) for side in ((len(row.ids), pair, which) for row, pair in zip(prompts, pairs))]
     width = max(len(pair[which]) for _, pair, which in sides)
     targets, sources, mask = (torch.zeros(len(sides), width, dtype=t) for t in (torch.long, torch.long, torch.bool))

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, Row, collate, tree_mask
+from .batch import Batch, Row, collate
 from .images import Picture
+from .layers import Tree
 
-LONGEST = 8192                                          # tokens of a row that holds several prompts: its mask is T x T
+LONGEST = 8192                                          # tokens of a row that holds several prompts
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _pack(rows: Sequence[Row], groups: list[list[int]], pictures: dict[str, Pict
     batch = collate(packed, pictures, pad_id)
     length = batch.input_ids.shape[1]
     if most > 1:
-        batch = replace(batch, mask=tree_mask(segments, length))
+        batch = replace(batch, tree=Tree.of(segments, length))
     column = torch.arange(length)
     visible = (column < beginnings) | ((column >= starts[..., None]) & (column < stops[..., None]))       # (G, m, T)
     return Prompts(batch, numbers, (stops - 1).clamp(min=0), visible, ends)

@@ -150,4 +150,4 @@ class Qwen25VL(QwenVL):
     def hidden(self, batch: Batch, features: list[Tensor], cache: list[LayerCache] | None = None) -> Tensor:
         """Final hidden states (B, T, H); `features` holds (its tokens, H) a picture, in the order of the prompts."""
         x, _ = self.embed(batch, features, torch.cat(features) if features else None)
-        return self.decoder(x, batch.position_ids, batch.mask, cache)
+        return self.decoder(x, batch.position_ids, batch.tree, cache)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import Settings, rope_settings
-from .layers import (DecoderLayer, Grid, LayerCache, LayerNorm, Linear, MRopeDecoder, PatchEmbed, SelfAttention,
+from .layers import (DecoderLayer, Grid, LayerCache, LayerNorm, Linear, MRopeDecoder, PatchEmbed, SelfAttention, Tree,
                      VisionAttention, patch_coordinates, vision_rope)
 from .processor import Batch
 from .vlm import QwenVL
@@ -132,12 +132,12 @@ class Decoder(MRopeDecoder):
         owned = ((axis == 1) & (j < 3 * height)) | ((axis == 2) & (j < 3 * width))
         return torch.where(owned, axis, 0)
 
-    def forward(self, x: Tensor, position_ids: Tensor, mask: Tensor | None, cache: list[LayerCache] | None,
+    def forward(self, x: Tensor, position_ids: Tensor, tree: Tree | None, cache: list[LayerCache] | None,
                 image_mask: Tensor | None = None, deepstack: list[Tensor] | None = None) -> Tensor:
         """x: (B, T, H), image tokens in place; image_mask: (B, T) bool; deepstack: D of (M, H) -> (B, T, H)."""
         rope = self.rope(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache[i] if cache else None)
+            x = layer(x, rope, tree, cache[i] if cache else None)
             if deepstack is not None and i < len(deepstack):
                 x = x.masked_scatter(image_mask[..., None], x[image_mask] + deepstack[i])
         return self.norm(x)
@@ -156,4 +156,4 @@ class Qwen3VL(QwenVL):
         if features:
             image_tokens, *deepstack = torch.cat(features, 1)                             # (M, H) each
         x, image_mask = self.embed(batch, features, image_tokens)
-        return self.decoder(x, batch.position_ids, batch.mask, cache, image_mask, deepstack)
+        return self.decoder(x, batch.position_ids, batch.tree, cache, image_mask, deepstack)

@@ -104,7 +104,7 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, how: Sampling, uniforms: Te
         if seen is not None:
             harder = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
             logits = torch.where(seen, harder, logits)
-        logits = logits.masked_fill_(banned, -torch.inf)
+        logits.index_fill_(1, banned, -torch.inf)
         tokens = logits.argmax(-1) if uniforms is None else choose(
             logits.div_(how.temperature), how.top_p, how.top_k, uniforms[:, t])
         rows[live, t] = tokens.masked_fill(done, -1)
@@ -154,9 +154,9 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
             hidden = vlm.hidden(prompts.batch, vlm.image_features(prompts.batch))         # (G, T, H)
             back = torch.tensor([len(longest) - len(ids) for ids in encoded], device=vlm.device)
             row, column = torch.arange(len(hidden), device=vlm.device)[:, None, None], prompts.last[..., None] - back
-            odds = vlm.logits(hidden[row, column.clamp(min=0)]).float().softmax(-1)       # (G, m, replies, V)
-            odds = torch.stack([odds[..., ids].sum(-1) for ids in digits], -1)            # (G, m, replies, 10)
-            for number, each in zip(prompts.numbers.flatten().tolist(), odds.flatten(0, 1).tolist()):
+            odds = vlm.logits(hidden[row, column.clamp(min=0)].flatten(0, 2)).float().softmax(-1)     # (G m replies, V)
+            odds = torch.stack([odds[:, ids].sum(-1) for ids in digits], -1)                          # (..., 10)
+            for number, each in zip(prompts.numbers.flatten().tolist(), odds.unflatten(0, (-1, len(back))).tolist()):
                 if number >= 0:
                     found[start + number] = each
     return found
@@ -175,7 +175,7 @@ def choose(logits: Tensor, top_p: float, top_k: int, uniforms: Tensor) -> Tensor
     """One token a row from softmax(logits) restricted to the top_k likeliest and, of these, the smallest set that
     holds top_p of the probability. logits: (R, V) fp32, uniforms: (R,) in [0, 1) -> (R,)."""
     size = logits.shape[-1]
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()                             # (R, V)
+    weights = logits.softmax(-1)                                                          # (R, V)
     if not top_k and top_p == 1:
         return invert(weights, uniforms)
     width = min(top_k or (NUCLEUS if logits.device.type == "cpu" else size), size)
@@ -233,12 +233,10 @@ def prompt_tokens(vlm: VLM, prompts: Prompts) -> Tensor:
 
 
 def banned_tokens(vlm: VLM) -> Tensor:
-    """(V,) bool: placeholders of pictures, and rows of the head beyond the tokenizer's vocabulary."""
+    """Ids that are never sampled: placeholders of pictures, and rows of the head beyond the tokenizer's vocabulary."""
     vocabulary = len(vlm.head_weight)
-    banned = torch.zeros(vocabulary, dtype=torch.bool, device=vlm.device)
-    banned[vlm.processor.vocabulary:] = True
-    banned[[i for i in vlm.processor.never_sampled if i < vocabulary]] = True
-    return banned
+    beyond = range(vlm.processor.vocabulary, vocabulary)
+    return torch.tensor([*(i for i in vlm.processor.never_sampled if i < vocabulary), *beyond], device=vlm.device)
 
 
 def finish(vlm: VLM, row: list[int]) -> Completion:

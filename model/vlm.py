@@ -23,6 +23,9 @@ from .processor import Picture, QwenProcessor
 from .prompts import Prompts
 
 
+FEW = 32                                                # rows, as while sampling
+
+
 class VLM(nn.Module):
     """A vision-language model. `load_vlm` sets the attributes that come from the folder it was read from."""
 
@@ -59,7 +62,10 @@ class VLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+        weight = self.head_weight.to(hidden.dtype)
+        if hidden.device.type == "cpu" and hidden.dim() == 2 and len(hidden) <= FEW:    # the same product, up to twice
+            return (weight @ hidden.mT).mT.contiguous()                                 # as fast this way round
+        return F.linear(hidden, weight)
 
     def image_features(self, batch: Batch) -> list[Tensor]:
         """Features of every picture in the batch, in the order of the prompts; equal pictures are encoded once."""

@@ -143,7 +143,8 @@ def test_samples_do_not_depend_on_the_batch(case: tuple[str, VLM]) -> None:
 
 def test_banned_ids_are_never_sampled(case: tuple[str, VLM], monkeypatch: pytest.MonkeyPatch) -> None:
     _, vlm = case
-    banned, plain = banned_tokens(vlm), vlm.logits
+    banned, plain = torch.zeros(len(vlm.head_weight), dtype=torch.bool), vlm.logits
+    banned[banned_tokens(vlm)] = True
     assert banned.sum() >= 4 and not banned[[c for c in vlm.stop_ids]].any()
     monkeypatch.setattr(vlm, "logits", lambda hidden: plain(hidden) + 100.0 * banned, raising=False)
     for temperature in (0, 1):

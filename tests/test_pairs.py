@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dpo import sequence_logps
 from model import VLM, load_vlm
-from model.batch import collate, tree_mask
+from model.batch import collate
+from model.layers import Tree, attend
 from model.pairs import CHOSEN, PROMPT, REJECTED, PairRows, pack_pairs
 from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
 
@@ -118,13 +119,32 @@ def test_predictors_take_each_row_its_own_states() -> None:
     assert rows.predictors(hidden)[..., 0].tolist() == [[0, 1], [6, 7], [0, 2], [6, 4]]
 
 
-def test_tree_mask() -> None:
-    mask = tree_mask([[PROMPT, PROMPT, CHOSEN, CHOSEN, REJECTED], [PROMPT, CHOSEN, REJECTED]], 5)
-    assert mask.shape == (2, 1, 5, 5)
-    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
-                                         [1, 1, 0, 0, 1]]
-    assert mask[1, 0, :3].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]
-    assert mask[1, 0].any(-1).all()                                     # no row without a key: softmax would be NaN
+def dense_mask(segments: list[list[int]], length: int) -> Tensor:
+    """(B, 1, T, T) by the definition: causal, and only to the beginning or to one's own end; padding to anything."""
+    mask = torch.ones(len(segments), 1, length, length, dtype=torch.bool).tril()
+    for b, row in enumerate(segments):
+        for i, j in ((i, j) for i in range(len(row)) for j in range(i + 1)):
+            mask[b, 0, i, j] = row[j] == 0 or row[j] == row[i]
+    return mask
+
+
+@pytest.mark.parametrize("segments", [
+    [[PROMPT] * 5 + [CHOSEN] * 4 + [REJECTED] * 2, [PROMPT, CHOSEN] + [REJECTED] * 3, [PROMPT] * 9 + [CHOSEN] * 2],
+    [[0] * 3 + [1] * 2 + [2] * 5 + [3], [0] * 6 + [1] * 4, [0, 1, 2, 3, 3]], [[0] * 4 + [1]]])
+def test_tree_attention(segments: list[list[int]]) -> None:
+    """Against one softmax over a dense mask: values and gradients, wherever there is a token."""
+    length, generator = max(map(len, segments)) + 2, torch.Generator().manual_seed(0)
+    shapes = [(len(segments), heads, length, 8) for heads in (4, 2, 2)]
+    found = []
+    for tree in (True, False):
+        q, k, v = (torch.randn(s, generator=generator.manual_seed(i)).requires_grad_() for i, s in enumerate(shapes))
+        y = Tree.of(segments, length).attend(q, k, v) if tree else attend(q, k, v, dense_mask(segments, length))
+        real = torch.tensor([[t < len(row) for t in range(length)] for row in segments])
+        kept = y.transpose(1, 2)[real]
+        (kept * torch.arange(1.0, 1 + kept[..., 0].numel()).view(len(kept), -1, 1)).sum().backward()
+        assert y.shape == q.shape and y.isfinite().all()                # padding too: NaN times 0 is NaN
+        found.append([kept.detach(), q.grad, k.grad, v.grad])
+    assert all(close(a, b, 1e-6) for a, b in zip(*found))
 
 
 def test_keys_name_prompt_pictures_and_tokens(vlm: VLM) -> None:

@@ -1,4 +1,4 @@
-"""Prompts that begin alike: who shares a row, that nothing changes but the work, and next_digits against full passes."""
+"""Prompts that begin alike: who shares a row, that nothing else changes, and next_digits against full passes."""
 from __future__ import annotations
 
 from typing import Any
@@ -60,9 +60,9 @@ def test_what_keeps_prompts_apart(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> 
         rows, _ = rows_of(vlm, [first, other])
         assert group_prompts(rows, vlm.processor.image_id) == [[0], [1]], other
     same, _ = rows_of(vlm, [first, first])
-    assert shared_length(*same, vlm.processor.image_id) == len(same[0].ids) - 1            # one token is left to predict
+    assert shared_length(*same, vlm.processor.image_id) == len(same[0].ids) - 1            # one is left to predict from
     monkeypatch.setattr("model.prompts.LONGEST", 800)
-    rows, _ = rows_of(vlm, [chat(WORDS * 3 + str(i) * 190) for i in range(4)])              # 250 alike, 200 of its own
+    rows, _ = rows_of(vlm, [chat(WORDS * 3 + str(i) * 190) for i in range(4)])             # 250 alike, 200 of its own
     assert group_prompts(rows, vlm.processor.image_id) == [[0, 1], [2, 3]]
 
 

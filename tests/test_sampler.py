@@ -177,7 +177,7 @@ def test_first_tokens_follow_the_models_distribution(vlm: VLM) -> None:
     from model.sampler import banned_tokens
     messages, draws = chat("hello"), 4000
     with torch.no_grad():
-        logits = vlm(vlm.processor([messages]))[0, -1].masked_fill(banned_tokens(vlm), -torch.inf) / 0.25
+        logits = vlm(vlm.processor([messages]))[0, -1].index_fill(0, banned_tokens(vlm), -torch.inf) / 0.25
     expected = torch.tensor(definition(logits, 0.8, 20))
     rows = generate(vlm, [messages], n=draws, max_new_tokens=1, temperature=0.25, top_p=0.8, top_k=20, seed=1)[0]
     found = torch.bincount(torch.tensor([c.token_ids[0] for c in rows]), minlength=len(logits))

@@ -233,6 +233,6 @@ def reference_greedy(vlm: Any, reference: Any, messages: list[dict], tokens: int
     """transformers' greedy continuation of one chat, without ids that ours never samples."""
     from model.sampler import banned_tokens
     inputs = reference_inputs(vlm, vlm.processor([messages]))
-    banned = [[i] for i in banned_tokens(vlm).nonzero()[:, 0].tolist()]
+    banned = [[i] for i in banned_tokens(vlm).tolist()]
     out = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned, **options)
     return out[0, inputs["input_ids"].shape[1]:].tolist()
