@@ -144,7 +144,7 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
     for reply, ids in zip(replies, encoded):
         if longest[:len(ids)] != ids:
             raise ValueError(f"the tokens of {reply!r} do not begin those of {replies[-1]!r}")
-    digits = digit_tokens(vlm)
+    digits = [torch.tensor(ids, dtype=torch.long, device=vlm.device) for ids in vlm.processor.digits]
     for start in range(0, len(chats), batch_size):
         pictures: dict[str, Picture] = {}
         rows = [row.extended(longest, row.positions.max() + 1 + np.arange(len(longest)))
@@ -160,15 +160,6 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
                 if number >= 0:
                     found[start + number] = each
     return found
-
-
-def digit_tokens(vlm: VLM) -> list[Tensor]:
-    """The ids of the tokens that are numbers, by their first digit. Some tokenizers have a token for "85"."""
-    vocabulary, found = vlm.processor.tokenizer.get_vocab(), [[] for _ in range(10)]
-    for token, number in vocabulary.items():
-        if token.isascii() and token.isdigit():
-            found[int(token[0])].append(number)
-    return [torch.tensor(sorted(ids), dtype=torch.long, device=vlm.device) for ids in found]
 
 
 def choose(logits: Tensor, top_p: float, top_k: int, uniforms: Tensor) -> Tensor:

@@ -201,11 +201,11 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and bool((found - expected).abs().max() <= 2e-6 * expected.abs().max())
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_chunked_equals_naive(chunk: int) -> None:
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+def test_blocks_equal_naive(block: int) -> None:
     hidden, weight, targets = states(7)
     upstream = torch.linspace(-1, 2, 7)
-    found, expected = token_logps(hidden, weight, targets, chunk), naive(hidden, weight, targets)
+    found, expected = token_logps(hidden, weight, targets, block), naive(hidden, weight, targets)
     assert close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found @ upstream, (hidden, weight)),
                             torch.autograd.grad(expected @ upstream, (hidden, weight))):
@@ -234,7 +234,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_full_logits_never_exist() -> None:
-    """Neither forward nor backward, neither at once nor as pieces that are kept: 64 positions x 50 tokens of 8 at a
+    """Neither forward nor backward, neither at once nor as pieces that are kept: 64 positions x 50 tokens, 7 at a
     time."""
     hidden, weight, targets = states(64, vocabulary=50)
     kept = 0
@@ -244,8 +244,8 @@ def test_the_full_logits_never_exist() -> None:
         kept += tensor.numel()
         return tensor
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        token_logps(hidden, weight, targets, chunk=8).sum().backward()
-    assert largest.numel == 8 * 50 and kept < 64 * 50
+        token_logps(hidden, weight, targets, block=7).sum().backward()
+    assert largest.numel == 64 * 7 and kept < 64 * 50
 
 
 def test_no_positions() -> None:
