@@ -12,7 +12,7 @@ exact interval q = 1/2 passes at most 2.5 % of the time, q = 0.8 at least 95 % f
 on. Own answers are compared as points: a lower share blocks unproved. Intervals: 95 %. Standard library only.
 
     python gate.py --records records.jsonl --out report.json        # no model, no torch
-    python gate.py --student S --verifier V1 V2 --task bar          # asks the models
+    python gate.py --student S --verifier V1 V2 --task bar          # asks the models, ranks the verifiers
 
 A record is one scored candidate, {"item": str, "correct": bool, "score": number in [0, 1] or null}; optional are text,
 truncated (the verdict was), candidate_{parsed,truncated}, and, the same in all records of an item, the verifier's and
@@ -22,15 +22,15 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 Figure = dict[str, Any]                         # {"value": float | None, "low": float, "high": float, "n": int}
+Sides = tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]      # scored answers of before and after, by item
 Z = 1.959963984540054                           # the normal distribution's 97.5 % quantile
 ACCEPT = 0.5                                    # a score from here on says "right"
 MIN_DIRECTION = 0.5                             # the q at which the mean update changes sign
@@ -313,8 +313,49 @@ def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = Tr
         "baseline_accuracy": old, "final_accuracy": new, "difference": change, "p_value": p})
 
 
+def explain_change(held_out: Sides, trained_on: Sides) -> dict[str, Any]:
+    """Why held-out accuracy fell, by the frozen and the trained student's answers to held-out and to trained-on items.
+
+    An answer has correct, answer, finish_reason, tokens, choice (is it to a choice question?) and, if known, score (the
+    verifier's). A figure is a paired difference beside the two means; it fell or rose if its interval excludes 0.
+    `diagnosis`: "wrong direction" where accuracy on trained-on items fell too; "does not transfer" where it or the mean
+    score there rose; "none of them"; "not measured" where no such item has an answer. `drift`: of held-out answers;
+    `outside_options` are those to choice questions that end and name no option. `reasons` says this in words, and
+    where the fall may be the form's: the parse rate fell by as much, or truncation rose.
+    """
+    accuracy, seen = (_moved(sides, lambda a: a["correct"]) for sides in (held_out, trained_on))
+    score, parsed = _moved(trained_on, lambda a: a.get("score")), _moved(held_out, lambda a: a["answer"] is not None)
+    cut = _moved(held_out, lambda a: a["finish_reason"] and a["finish_reason"] == "length")
+    outside = _moved(held_out, lambda a: a["answer"] is None and a["finish_reason"] == "stop" if a["choice"] else None)
+    fell = accuracy["high"] < 0
+    name = ("not measured" if not seen["n"] else "wrong direction" if fell and seen["high"] < 0 else
+            "does not transfer" if fell and max(seen["low"], score["low"]) > 0 else "none of them")
+    reasons = [f"{name}: accuracy moved by {_text(accuracy)} on held-out items and by {_text(seen)} on items trained "
+               f"on that have an answer, the verifier's mean score of what was said to these by {_text(score)}"]
+    if fell and parsed["value"] <= accuracy["value"]:
+        lost = [new["answer"] for old, new in zip(*held_out) if old["correct"] and not new["correct"]]
+        reasons.append(f"it may be the form, not the answers: the parse rate moved by {_text(parsed)}, and "
+                       f"{lost.count(None)} of the {len(lost)} right answers that were lost cannot be read")
+    if fell and cut["low"] > 0:
+        reasons.append(f"it may be the length: the share of answers that were cut off moved by {_text(cut)}")
+    drift = {"parse_rate": parsed, "truncation_rate": cut, "mean_tokens": _moved(held_out, lambda a: a["tokens"]),
+             "outside_options": outside}
+    return {"diagnosis": name, "trained_on": {"accuracy": seen, "verifier_score": score}, "drift": drift,
+            "reasons": reasons}
+
+
+def _moved(sides: Sides, read: Callable[[dict[str, Any]], float | None]) -> Figure:
+    """Paired difference, trained minus frozen, of what `read` finds (at least 0, or None) in both; and both means."""
+    pairs = [pair for pair in zip(*(map(read, side) for side in sides), strict=True) if None not in pair]
+    old, new = [b for b, _ in pairs], [a for _, a in pairs]
+    unit = max([1, *old, *new])                                        # the interval is made for values of at most 1
+    change = paired_difference([b / unit for b in old], [a / unit for a in new])
+    change |= {end: change[end] * unit for end in ("value", "low", "high") if pairs}
+    return change | {"frozen": fmean(old) if old else None, "trained": fmean(new) if new else None}
+
+
 def _flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf, choices: tuple | None = None) -> Any:
-    return field(default_factory=lambda: default, metadata={"help": help, "range": (low, high), "choices": choices})
+    return field(default_factory=lambda: default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -335,71 +376,69 @@ class Config:
     top_p: float = _flag(0.9, "nucleus that the candidates are sampled from", 1e-6, 1)
     max_new_tokens: int = _flag(256, "longest answer", 1)
     verdict_tokens: int = _flag(64, "longest verdict", 1)
+    verdict: str = _flag("json", "how the verifier scores: json, logits, ... (the names of verifier.VERDICTS)")
     batch_size: int = _flag(16, "prompts that are prefilled together", 1)
     seed: int = _flag(0, "seed of the choice of items and of the sampling", 0)
     device: str = _flag("", "cpu or cuda (default: cuda where there is one)")
+    cache: str = _flag("", "folder of what the models answered (default: gate_cache beside the report)")
 
     def __post_init__(self) -> None:
+        from tasks.flags import check_ranges
         if [bool(self.student), bool(self.verifier), bool(self.task)] != [not self.records] * 3:
             raise ValueError("give either --records, or all of --student, --verifier and --task")
-        for each in fields(self):
-            value, (low, high) = getattr(self, each.name), each.metadata["range"]
-            if isinstance(value, (int, float)) and not (math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"--{each.name.replace('_', '-')} must lie in [{low:g}, {high:g}], not {value}")
+        for name in ("records", "data"):
+            if (path := Path(getattr(self, name))).is_file() and Path(self.out).exists() and path.samefile(self.out):
+                raise ValueError(f"--out {self.out} is the file of --{name}, which the report would replace")
+        if Path(self.out).is_dir():
+            raise ValueError(f"--out {self.out} is a folder; the report is a file")
+        check_ranges(self)
+        if not self.records:
+            from tasks import TASKS
+            from verifier import VERDICTS
+            for name, known in (("task", TASKS), ("verdict", VERDICTS)):
+                if getattr(self, name) not in known:
+                    raise ValueError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
 
-def gate_models(cfg: Config) -> dict[str, list[dict[str, Any]]]:
-    """The records of each verifier, by its path. The student answers once, for all of them."""
-    import torch
-    from eval import load_task, score
-    from model import generate, load_vlm
-    from verifier import score_candidates
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    weights = {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
-    known = [item for item in load_task(cfg.task, cfg.data or None, cfg.split or None) if item.answer is not None]
-    items, gathered = random.Random(cfg.seed).sample(known, min(cfg.items, len(known))), {}
-    chats = [item.chat() for item in items]
-
-    def ask(vlm: Any, asked: list, tokens: int) -> list:
-        outs = generate(vlm, asked, max_new_tokens=tokens, temperature=0.0, batch_size=cfg.batch_size)
-        return [completion for [completion] in outs]
-    vlm = load_vlm(cfg.student, **weights)
-    greedy = ask(vlm, chats, cfg.max_new_tokens)
-    samples = generate(vlm, chats, n=cfg.k, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                       top_p=cfg.top_p, seed=cfg.seed, batch_size=cfg.batch_size)
-    for path in cfg.verifier:
-        vlm = None                                                     # one model in memory at a time
-        vlm = load_vlm(path, **weights)
-        gathered[path] = gather_records(
-            items, greedy=lambda _: greedy, sample=lambda _: samples, correct=score,
-            own=lambda _: ask(vlm, chats, cfg.max_new_tokens),
-            score=lambda _, texts: score_candidates(lambda asked: ask(vlm, asked, cfg.verdict_tokens), chats, texts))
-    return gathered
+def _show(reports: dict[str, dict[str, Any]]) -> None:
+    """Print the table, the best agreement first, and every verifier's reasons."""
+    names = ("rubric_accuracy", "baseline_accuracy", "own_answer_accuracy", "direction", "balanced_accuracy")
+    forms = {"parameters": "{:,}", "seconds_per_verdict": "{:.4g}", "tokens_per_verdict": "{:.1f}", "cost": "{:.2f}x"}
+    forms = {name: form for name, form in forms.items() if all(name in report for report in reports.values())}
+    order = sorted(reports.items(), key=lambda named: -named[1][names[0]]["value"])
+    print("verdict", *(f"{name:20}" for name in names), *(f"{name:>19}" for name in forms), "verifier", sep="  ")
+    for path, report in order:
+        print(f"{report['verdict']:7}", *(f"{_text(report.get(name)):20}" for name in names),
+              *(f"{form.format(report[name]):>19}" for name, form in forms.items()), path, sep="  ")
+    for path, report in order:
+        print(f"\n{path}", *report["reasons"], sep="\n  - ")
 
 
 def main(argv: list[str] | None = None) -> int:
     from replay import select_pair
     from tasks.flags import parse_flags
     from tasks.jsonl import write_whole
-    cfg, reports = parse_flags(Config, __doc__, argv), {}
+    cfg, reports, advice = parse_flags(Config, __doc__, argv), {}, {}
     try:
-        gathered = {cfg.records: read_records(cfg.records)} if cfg.records else gate_models(cfg)
-        for path, records in gathered.items():
+        if cfg.records:
+            asked = {cfg.records: (read_records(cfg.records), {})}
+        else:
+            from model.survey import recommend, survey
+            asked = survey(cfg)
+        for path, (records, costs) in asked.items():
             made = decide_before(measure(records, select_pair, cfg.min_margin), cfg.rule, cfg.min_direction)
-            reports[path] = {"verdict": made.verdict, "reasons": made.reasons, "rule": cfg.rule, **made.measures}
-        whole = {"verifiers": reports} if len(reports) > 1 else reports[path]
+            reports[path] = {"verdict": made.verdict, "reasons": made.reasons, "rule": cfg.rule} | costs | made.measures
+        if not cfg.records:
+            advice = recommend(reports, {path: records for path, (records, _) in asked.items()})
+        whole = advice | ({"verifiers": reports} if len(reports) > 1 else reports[path])
         write_whole(Path(cfg.out), json.dumps(whole, indent=2) + "\n")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"gate.py: {error}", file=sys.stderr)
         return 2 if cfg.records else 1
-    names = ("own_answer_accuracy", "direction", "rubric_accuracy", "baseline_accuracy", "balanced_accuracy")
-    order = sorted(reports, key=lambda path: [-((reports[path].get(n) or {}).get("value") or 0) for n in names[:2]])
-    print("verdict", *(f"{name:20}" for name in names), "verifier", sep="  ")
-    for path in order:
-        print(f"{reports[path]['verdict']:7}", *(f"{_text(reports[path].get(n)):20}" for n in names), path, sep="  ")
-    for path in order:
-        print(f"\n{path}", *reports[path]["reasons"], sep="\n  - ")
-    return 0 if any(r["verdict"] == "PASS" for r in reports.values()) else 3
+    _show(reports)
+    if advice:
+        print(f"\n{advice['recommendation']}")
+    return 0 if any(report["verdict"] == "PASS" for report in reports.values()) else 3
 
 
 if __name__ == "__main__":

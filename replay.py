@@ -8,6 +8,20 @@
 "When Good Verifiers Go Bad" (arXiv 2606.14629) says that only high-margin pairs enter the replay buffer; threshold,
 capacity, ratio and eviction are not published: they are ours. No function here reads a label.
 
+What the gate does to the update: a variance theorem is announced there, its text is not known to us, so this is ours.
+Of a pair with one right side let d = +1 if that is the chosen one, else -1, m its margin, g its gradient in the right
+direction: it contributes d g. Let q(m) = P(d = +1 given m) and q = q(tau) = P(d = +1 given m >= tau).
+
+    mean       E[d g | m >= tau] = E[(2 q(m) - 1) g(m) | m >= tau]      if d, g are independent given m; g(m) = E[g | m]
+                                 = (2 q - 1) E[g | m >= tau]            if d, g are uncorrelated given m >= tau
+    variance   Var(d g) = 4 q (1 - q) g^2     of one pair, g fixed; over n(tau) for the mean of n(tau) independent pairs
+
+Proof. E[d | m] = 2 q(m) - 1, and averaging it times g(m) over m is the first line; E[d g] = E[d] E[g] + Cov(d, g), each
+given m >= tau, is the second; d^2 = 1, so Var(d) = 1 - (2 q - 1)^2 = 4 q (1 - q). Independence given each m is too weak
+for the second line: where q(m) and g(m) vary together, d and g are correlated, and even its sign can be wrong.
+So a gate that drives q away from 1/2, up or down, steadies a pair's contribution, but the sign is that of q - 1/2: it
+makes a wrong update steadily wrong. And the mean of a batch may vary more than without it, for fewer pairs are left.
+
 Standard library only.
 """
 from __future__ import annotations
@@ -27,7 +41,7 @@ class Pair:
     """A preference pair. Token ids are those that were sampled, the stop token included where one was.
 
     `reference_*_logp` are the reference's summed log-probabilities (nats), None until they are computed;
-    `reference_key` names what they were computed from.
+    `reference_key` names what they were computed from; `row_tokens` counts the pair's packed row, pictures included.
     """
     item_id: str
     chosen: tuple[int, ...]
@@ -39,6 +53,7 @@ class Pair:
     reference_chosen_logp: float | None = None
     reference_rejected_logp: float | None = None
     reference_key: str = ""
+    row_tokens: int = 0
 
     @property
     def margin(self) -> float:

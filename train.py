@@ -7,7 +7,7 @@
 
 A round: K candidates an item are sampled from the student; the frozen verifier scores them; the best- and worst-scored
 become a pair; DPO updates the student against its frozen self; pairs with a large margin are replayed. Labels are read
-by the gates and by the watch split, never by the loop.
+by the gates, the watch split and the log, never by what trains.
 
 Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 usage; 1 anything else, SIGTERM included.
 Every draw is seeded by (--seed, round, what is drawn), so a resumed run repeats an uninterrupted one bit for bit.
@@ -27,12 +27,13 @@ from torch import Tensor
 
 from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
 from eval import load_task, score as exact_match, score_answers
-from gate import decide_before, fell_significantly, gate_after, gather_records, measure, proportion
+from gate import decide_before, explain_change, fell_significantly, gate_after, gather_records, measure, proportion
 from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
-from model.optimise import make_optimiser, optimiser_step
+from model.optimise import DTYPES, check_trainable, frozen_self, load_trainable, make_optimiser, optimiser_step
 from model.pairs import PairRows, pack_pairs
 from model.processor import Chat
 from model.run import Interrupted, NonFinite, Ranks, Run, folder_digest
+from model.survey import draw_items, right_way
 from model.vlm import FeatureCache
 from replay import Pair, ReplayBuffer, form_pairs, select_pair
 from tasks import TASKS, Item, demo
@@ -41,9 +42,7 @@ from tasks.splits import Splits, split_items
 from verifier import REPLIES, VERDICTS, Score
 
 TINY = Path(__file__).parent / "model" / "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAST = 10                                               # the loss "at the end" is the mean of this many steps
-SMALL = 10_000_000                                      # parameters of a model that one CPU thread serves best
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class Config:
     gate_rule: str = flag("ours", "rule of the gate before training; paper: agreement alone", choices=("ours", "paper"))
     watch_items: int = flag(200, "items of the curve that the loss hides", low=1)
     held_out_items: int = flag(500, "items looked at once, at the end", low=1)
+    trained_on_items: int = flag(200, "items of round 1 that are asked about again at the end, 0 for none", low=0)
     min_low: float = flag(-0.02, "promote only if the paired 95 % interval's lower end is above this", low=-1, high=1)
     stop_on_regression: bool = flag(False, "stop (exit 3) once watched accuracy has fallen significantly")
     # Sampling and scoring
@@ -99,8 +99,9 @@ class Config:
     micro_batch: int = flag(32, "pairs a forward pass on one rank", low=1)
     epochs: int = flag(3, "passes over a round's fresh pairs", low=1)
     steps_per_round: int = flag(60, "most steps a round", low=1)
-    trainable: str = flag("language", "what is trained: the language model, or all (the vision tower too)",
-                          choices=("language", "all"))
+    trainable: str = flag("language", "what is trained: language, all (the vision tower too), or layers:A-B")
+    lora_rank: int = flag(0, "train adapters of this rank on these layers instead (0: the weights themselves)", low=0)
+    recompute: bool = flag(False, "activation checkpointing: compute activations again instead of keeping them")
     # Looking, saving, machine
     eval_every: int = flag(10, "steps between looks at the watch split", low=1)
     save_every: int = flag(20, "steps between checkpoints", low=1)
@@ -111,6 +112,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_trainable(self.trainable, self.lora_rank)
         given = [name for name in ("data", "split", "train_split", "resume", "force") if getattr(self, name)]
         if self.task is None and given:
             raise ValueError(f"--{given[0].replace('_', '-')} has no meaning without --task")
@@ -128,6 +130,7 @@ class State:
     buffer: list[Pair] = field(default_factory=list)    # what the replay buffer held when this was saved
     pre_gate: dict[str, Any] | None = None
     frozen: list[dict[str, Any]] | None = None          # the frozen student's answers on the held-out split
+    trained_on: list[dict[str, Any]] | None = None      # and on items that round 1 trains on
     watched: list[bool] = field(default_factory=list)   # which watched items the frozen student gets right
     losses: list[float] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -138,14 +141,16 @@ def main(cfg: Config, ranks: Ranks) -> int:
     """One run: gate -> [sample -> score -> pair -> replay -> DPO] -> gate. Returns the exit status."""
     run = Run(cfg, ranks)
     splits = load_splits(cfg)                                                   # gate, watch, held_out, train: disjoint
-    student, reference, verifier = load_models(run)                             # trained, frozen, frozen
+    student, verifier = load_models(run)                                        # trained, frozen
     optimiser, replay = make_optimiser(student, cfg.lr, cfg.weight_decay), ReplayBuffer(cfg.capacity, cfg.min_margin)
     state = restore(run, student, optimiser, replay)
+    again = draw_items(round_items(cfg, splits.train, 0), cfg.trained_on_items, cfg.seed)   # trained on, then asked
     if state.pre_gate is None:
         state.pre_gate = gate_before(run, student, verifier, splits.gate)
         if state.pre_gate["verdict"] == "BLOCK" and not cfg.force:
             return finish(run, state, None)                                     # exit 3, nothing trained
         state.frozen = answers(run, student, splits.held_out, "frozen student, held out")
+        state.trained_on = answers(run, student, again, "frozen student, trained on")
         run.log({"step": 0, **look(run, student, splits.watch, state)})
         save(run, state, student, optimiser, replay)
     while state.round < cfg.rounds:
@@ -157,7 +162,8 @@ def main(cfg: Config, ranks: Ranks) -> int:
             texts = [[completion.text for completion in row] for row in candidates]
             scores = score(run, verifier, items, texts)                         # [0, 1] or None
             pairs = make_pairs(run, items, candidates, scores, state)
-            state.fresh = with_reference_logps(run, reference, pairs, splits.by_id)
+            state.rounds[-1] |= right_way(pairs, items)                         # reads labels, for summary.json alone
+            state.fresh = with_reference_logps(run, student, pairs, splits.by_id)
             replay.add(state.fresh)                                             # only margins >= min_margin
             save(run, state, student, optimiser, replay)
         batches = round_batches(cfg, replay, state)
@@ -176,7 +182,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
                 break
         else:
             state.round, state.position, state.fresh = state.round + 1, 0, None
-    return finish(run, state, deploy_gate(run, student, splits.held_out, state))        # deploy/ only on PROMOTE
+    return finish(run, state, deploy_gate(run, student, verifier, splits.held_out, again, state))   # deploy/ on PROMOTE
 
 
 # ---- before the loop
@@ -188,22 +194,15 @@ def load_splits(cfg: Config) -> Splits:
     return split_items(items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
 
 
-def load_models(run: Run) -> tuple[VLM, VLM, VLM]:
-    """The student (fp32 weights; its language model trained), its frozen self, and the frozen verifier."""
+def load_models(run: Run) -> tuple[VLM, VLM]:
+    """The student, of which a part is trained, and the frozen verifier."""
     cfg, device = run.cfg, run.ranks.device
-    dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    student = load_vlm(cfg.student, device, torch.float32)
-    reference, verifier = (load_vlm(name, device, dtype).requires_grad_(False) for name in (cfg.student, cfg.verifier))
-    student.compute_dtype = dtype
-    if device.type == "cpu" and sum(p.numel() for p in student.parameters()) < SMALL:
-        torch.set_num_threads(1)                        # threads that share so little work mostly wait for each other
+    student = load_trainable(cfg.student, cfg, device)
+    verifier = load_vlm(cfg.verifier, device, student.dtype).requires_grad_(False)
     verifier.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
-    if cfg.trainable == "language":
-        student.tower.requires_grad_(False)
-        student.feature_cache = reference.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
-    run.start(dtype=str(dtype).removeprefix("torch."), reference=folder_digest(student.folder),
+    run.start(dtype=str(student.dtype).removeprefix("torch."), reference=folder_digest(student.folder),
               scorer=folder_digest(verifier.folder))
-    return student, reference, verifier
+    return student, verifier
 
 
 def gate_before(run: Run, student: VLM, verifier: VLM, items: Sequence[Item]) -> dict[str, Any]:
@@ -280,14 +279,16 @@ def pair_logps(vlm: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> tuple
     return rows, *logps.chunk(2)
 
 
-def with_reference_logps(run: Run, reference: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> list[Pair]:
-    """The pairs with the reference's log-probabilities: computed once, however often a pair is replayed."""
+def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> list[Pair]:
+    """The pairs with the log-probabilities of the student's frozen self: once, however often a pair is replayed."""
     @torch.no_grad()
     def part(pairs: Sequence[Pair]) -> list[Pair]:
         rows, chosen, rejected = pair_logps(reference, pairs, by_id)
-        return [replace(p, reference_chosen_logp=c, reference_rejected_logp=r, reference_key=key)
-                for p, c, r, key in zip(pairs, chosen.tolist(), rejected.tolist(), rows.keys)]
-    return run.ranks.map(part, pairs, run.cfg.micro_batch, "reference")
+        return [replace(p, reference_chosen_logp=c, reference_rejected_logp=r, reference_key=key, row_tokens=tokens)
+                for p, c, r, key, tokens in zip(pairs, chosen.tolist(), rejected.tolist(), rows.keys,
+                                                rows.batch.attention_mask.sum(1).tolist())]
+    with frozen_self(student) as reference:
+        return run.ranks.map(part, pairs, run.cfg.micro_batch, "reference")
 
 
 def round_batches(cfg: Config, replay: ReplayBuffer, state: State) -> list[list[Pair]]:
@@ -312,6 +313,7 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
                                          cfg.loss_type, cfg.length_normalised, cfg.nll_coefficient)
         return losses.sum(), metrics.sum(1)
     state.step, state.position = state.step + 1, state.position + 1
+    pairs = sorted(pairs, key=lambda p: p.row_tokens)   # rows of like length share a micro-batch: less padding
     row = optimiser_step(run, optimiser, pairs, loss, METRICS, state.step, cfg.rounds * cfg.steps_per_round)
     state.losses.append(row["loss"])
     return {"step": state.step, "round": state.round + 1, **row, "pairs": len(pairs)}
@@ -321,7 +323,8 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
 
 def answers(run: Run, vlm: VLM, items: Sequence[Item], label: str) -> list[dict[str, Any]]:
     """Greedy answers, scored by exact match."""
-    return [asdict(answer) for answer in score_answers(items, greedy(run, vlm, items, label))]
+    found = score_answers(items, greedy(run, vlm, items, label))
+    return [asdict(answer) | {"choice": item.answer_type == "choice"} for item, answer in zip(items, found)]
 
 
 def look(run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[str, Any]:
@@ -348,7 +351,8 @@ def mean_loss(state: State) -> float:
     return mean(state.losses[-LAST:])
 
 
-def deploy_gate(run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[str, Any]:
+def deploy_gate(run: Run, student: VLM, verifier: VLM, items: Sequence[Item], again: Sequence[Item], state: State
+                ) -> dict[str, Any]:
     """Evaluate the student as it would be deployed, saved dtype included, beside its frozen self; deploy on PROMOTE."""
     candidate = run.folder / "candidate"
     if run.ranks.first:
@@ -358,10 +362,18 @@ def deploy_gate(run: Run, student: VLM, items: Sequence[Item], state: State) -> 
     trained = answers(run, deployed, items, "trained student, held out")
     decision = gate_after([a["correct"] for a in state.frozen], [a["correct"] for a in trained], state.step > 0,
                           run.cfg.min_low)
-    both = zip(state.frozen, trained, strict=True)
-    run.write_lines("held_out.jsonl", ({"id": old["id"], "frozen": old, "trained": new} for old, new in both))
+    seen = state.trained_on, answers(run, deployed, again, "trained student, trained on")
+    scores = score(run, verifier, again, [[row["response"] for row in both] for both in zip(*seen, strict=True)])
+    judged = [[row | {"score": row_scores[side].value} for row, row_scores in zip(rows, scores, strict=True)]
+              for side, rows in enumerate(seen)]
+    sides = {"held_out": (state.frozen, trained), "trained_on": judged}
+    for name, both in sides.items():
+        rows = zip(*both, strict=True)
+        run.write_lines(f"{name}.jsonl", ({"id": old["id"], "frozen": old, "trained": new} for old, new in rows))
     run.settle(candidate, keep=decision.verdict == "PROMOTE")
-    return {"verdict": decision.verdict, "reasons": decision.reasons, **decision.measures}
+    why = explain_change(**sides)
+    reasons = decision.reasons + why.pop("reasons") * (decision.verdict == "REJECT")
+    return {"verdict": decision.verdict, "reasons": reasons, **decision.measures, **why}
 
 
 def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:

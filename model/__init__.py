@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import copy_settings, load_weights, read_settings, resolve_folder, save_weights, whole_folder
+from .lora import merged_parameters
 from .mllama import Mllama
 from .qwen2_5_vl import Qwen25VL
 from .qwen3_vl import Qwen3VL
@@ -48,7 +49,10 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
 
 
 def save_vlm(vlm: VLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `vlm` in the layout it was loaded from, whole or not at all; `dtype` None keeps the weights' own."""
+    """Write `vlm` in the layout it was loaded from, whole or not at all; `dtype` None keeps the weights' own.
+
+    Adapters are merged into the weights that they adapt.
+    """
     with whole_folder(Path(directory)) as folder:
         copy_settings(vlm.folder, folder)
-        save_weights({vlm.disk_names[name]: p for name, p in vlm.named_parameters()}, folder, dtype)
+        save_weights({vlm.disk_names[name]: p for name, p in merged_parameters(vlm).items()}, folder, dtype)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Grid = tuple[int, int, int]                                                     # (frames, h, w) of a picture in patches
 
@@ -218,6 +220,17 @@ class SelfAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, T, H)
 
 
+class Block(nn.Module):
+    """A layer of a decoder or tower. With `recompute` its activations are not kept for the backward pass but computed
+    again there: more time, less memory."""
+    recompute = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False)
+        return super().__call__(*args)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -231,7 +244,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Block):
     """Pre-norm: x += attention(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, attention: SelfAttention, hidden: int, intermediate: int, eps: float):

@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from .batch import TiledBatch
 from .checkpoint import Settings, either, rope_settings
 from .images import Picture
-from .layers import DecoderLayer, LayerCache, Linear, RMSNorm, SelfAttention, SwiGLU, Tree, attend, rope_frequencies
+from .layers import (Block, DecoderLayer, LayerCache, Linear, RMSNorm, SelfAttention, SwiGLU, Tree, attend,
+                     rope_frequencies)
 from .mllama_vision import VisionTower, gate
 from .processor import MllamaProcessor
 from .prompts import Prompts
@@ -98,7 +99,7 @@ class CrossAttention(nn.Module):
         return self.o_proj(y.flatten(0, 1).transpose(1, 2).flatten(2))          # (R, T, H)
 
 
-class CrossLayer(nn.Module):
+class CrossLayer(Block):
     """x += tanh(g) * attention(norm(x), pictures); x += tanh(g') * mlp(norm(x)); each only where a token sees one."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, intermediate: int, eps: float):

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import Settings, either
-from .layers import LayerNorm, Linear, attend
+from .layers import Block, LayerNorm, Linear, attend
 
 NORM_EPS = 1e-5                             # of the tower's two outer norms: a constant of the architecture
 ROUND_UP = 8                                # the tokens of a tile are filled up to a multiple of it
 
 
-class VisionLayer(nn.Module):
+class VisionLayer(Block):
     """x += attention(norm(x)); x += fc2(gelu(fc1(norm(x)))). A gated layer multiplies both by tanh of a scalar."""
 
     def __init__(self, c: Settings, gated: bool):

@@ -1,20 +1,86 @@
-"""One optimiser step over a batch that ranks share and micro-batches cut: AdamW, warm-up and cosine, clipping.
+"""What is trained, and one step of it: AdamW over a batch that ranks share and micro-batches cut, warm-up and cosine.
 
 What is trained on (pairs, a judge's traces) is the caller's: it hands in the loss of a part of the batch.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import load_vlm
+from .layers import Block
+from .lora import adapters, adapters_off, add_adapters
 from .run import NonFinite, Run
-from .vlm import VLM
+from .vlm import VLM, FeatureCache
 
 T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALL = 10_000_000                                      # parameters of a model that one CPU thread serves best
+
+
+def load_trainable(path: str, cfg: Any, device: torch.device) -> VLM:
+    """The model that is trained, as `cfg` has it: dtype, trainable, lora_rank, recompute, feature_cache_gb, seed.
+
+    Weights that are trained are held in fp32 and computed in `dtype`; under adapters, which are fp32, the frozen
+    weights have that dtype too. A frozen tower's features are kept between calls, up to `feature_cache_gb`.
+    """
+    dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    vlm = load_vlm(path, device, dtype if cfg.lora_rank else torch.float32)
+    vlm.compute_dtype = dtype
+    set_trainable(vlm, cfg.trainable, cfg.lora_rank, cfg.seed)
+    for module in vlm.modules():
+        if isinstance(module, Block):
+            module.recompute = cfg.recompute
+    if cfg.trainable != "all":
+        vlm.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
+    if device.type == "cpu" and sum(p.numel() for p in vlm.parameters()) < SMALL:
+        torch.set_num_threads(1)                        # threads that share so little work mostly wait for each other
+    return vlm
+
+
+def check_trainable(what: str, lora_rank: int) -> None:
+    """ValueError for what `set_trainable` cannot mean in any model."""
+    if not re.fullmatch(r"all|language|layers:\d+-\d+", what):
+        raise ValueError(f"--trainable must be all, language or layers:A-B, not {what!r}")
+    if lora_rank and what == "all":
+        raise ValueError(f"--lora-rank {lora_rank} adapts the language model; it has no meaning with --trainable all")
+
+
+def set_trainable(vlm: VLM, what: str, lora_rank: int = 0, seed: int = 0) -> None:
+    """Freeze all but `what`: "all", "language" (the tower frozen), or "layers:A-B", decoder layers A to B, from 0.
+
+    With a `lora_rank` these layers get adapters, and only the adapters are trained.
+    """
+    check_trainable(what, lora_rank)
+    layers, chosen = vlm.decoder.layers, re.fullmatch(r"layers:(\d+)-(\d+)", what)
+    first, last = (int(chosen[1]), int(chosen[2])) if chosen else (0, len(layers) - 1)
+    if not first <= last < len(layers):
+        raise ValueError(f"--trainable {what}: the language model has layers 0 to {len(layers) - 1}")
+    vlm.requires_grad_(what == "all" or what == "language" and not lora_rank)
+    if what == "language":
+        vlm.tower.requires_grad_(False)
+    if lora_rank:
+        add_adapters(layers[first:last + 1], lora_rank, seed)
+    elif chosen:
+        layers[first:last + 1].requires_grad_(True)
+
+
+@contextmanager
+def frozen_self(vlm: VLM) -> Iterator[VLM]:
+    """`vlm` as it was loaded: itself with the adapters off, else a copy, in memory only as long as it is used."""
+    if adapters(vlm):
+        with adapters_off(vlm):
+            yield vlm
+        return
+    copy = load_vlm(vlm.folder, vlm.device, vlm.dtype).requires_grad_(False)
+    copy.feature_cache = vlm.feature_cache              # None where the tower is trained
+    yield copy
 
 
 def make_optimiser(vlm: VLM, lr: float, weight_decay: float) -> torch.optim.AdamW:

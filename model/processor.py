@@ -10,7 +10,7 @@ Letters: T tokens of a chat, I pictures of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,15 @@ class Processor:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def digits(self) -> list[list[int]]:
+        """The ids of the tokens that are numbers, by their first digit: some tokenizers have a token for "85"."""
+        found: list[list[int]] = [[] for _ in range(10)]
+        for token, number in self.tokenizer.get_vocab().items():
+            if token.isascii() and token.isdigit():
+                found[int(token[0])].append(number)
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Settings, either, rope_settings
-from .layers import (DecoderLayer, Grid, LayerCache, Linear, MRopeDecoder, PatchEmbed, RMSNorm, SelfAttention, SwiGLU,
-                     VisionAttention, patch_coordinates, vision_rope)
+from .layers import (Block, DecoderLayer, Grid, LayerCache, Linear, MRopeDecoder, PatchEmbed, RMSNorm, SelfAttention,
+                     SwiGLU, VisionAttention, patch_coordinates, vision_rope)
 from .processor import Batch, Qwen25Processor
 from .vlm import QwenVL
 
@@ -27,7 +27,7 @@ VISION_ROPE_THETA = 10000.0                                         # not in con
 VISION_NORM_EPS = 1e-6                                              # likewise
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Block):
     """x += attention(norm1(x)); x += swiglu(norm2(x))."""
 
     def __init__(self, c: Settings):

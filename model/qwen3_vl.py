@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import Settings, rope_settings
-from .layers import (DecoderLayer, Grid, LayerCache, LayerNorm, Linear, MRopeDecoder, PatchEmbed, SelfAttention, Tree,
-                     VisionAttention, patch_coordinates, vision_rope)
+from .layers import (Block, DecoderLayer, Grid, LayerCache, LayerNorm, Linear, MRopeDecoder, PatchEmbed, SelfAttention,
+                     Tree, VisionAttention, patch_coordinates, vision_rope)
 from .processor import Batch
 from .vlm import QwenVL
 
@@ -26,7 +26,7 @@ VISION_ROPE_THETA = 10000.0                                         # not in con
 VISION_NORM_EPS = 1e-6                                              # likewise
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Block):
     """x += attention(norm1(x)); x += fc2(gelu_tanh(fc1(norm2(x))))."""
 
     def __init__(self, c: Settings):

@@ -17,7 +17,7 @@ class Splits:
     gate: list[Item]            # measures the verifier before training
     watch: list[Item]           # the curve that the loss hides
     held_out: list[Item]        # looked at once, at the end
-    train: list[Item]           # sampled, scored, paired; its answers are never read
+    train: list[Item]           # sampled, scored, paired; its answers are never read by what trains
 
     @cached_property
     def by_id(self) -> dict[str, Item]:

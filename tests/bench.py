@@ -5,7 +5,9 @@
     dpo_step_bf16     the same in bf16 (weights fp32)                   the same under bf16 autocast
     dpo_memory        peak of that, above the imports                   the same (dpo_memory_bf16: in bf16)
     sampling          generate: n samples a picture and question        transformers' generate, num_return_sequences = n
+    dpo_tokens        the same in tokens of [prompt | chosen] and [prompt | rejected], however often they are computed
     scoring           score_candidates: JSON verdicts of n candidates   transformers' generate on the n rubric prompts
+    scoring_logits    expected_scores: nothing is decoded               the same
     logprob_*         dpo.sequence_logps, forward and backward          log_softmax of the full logits
     preprocessing     the processor's pictures                          transformers' PIL image processor
     load_*            load_vlm without its processor                    from_pretrained
@@ -52,14 +54,14 @@ from bench_peers import (RATE, SIZES, Figures, Meter, Size, chats, completions, 
                          measure_load, questions, rubric_chats, unresized, write_checkpoint)
 from dpo import sequence_logps  # noqa: E402
 from eval import make_item, score as exact_match  # noqa: E402
-from model import FAMILIES, VLM, generate, load_vlm  # noqa: E402
+from model import FAMILIES, VLM, generate, load_vlm, next_digits  # noqa: E402
 from model.checkpoint import load_weights, read_settings  # noqa: E402
-from model.optimise import make_optimiser  # noqa: E402
+from model.optimise import load_trainable, make_optimiser  # noqa: E402
 from model.run import Ranks, Run  # noqa: E402
 from model.vlm import FeatureCache  # noqa: E402
 from replay import Pair  # noqa: E402
 from tasks import Item  # noqa: E402
-from verifier import score_candidates  # noqa: E402
+from verifier import REPLIES, expected_scores, score_candidates  # noqa: E402
 
 ALLOCATOR = "mmap_threshold=8589934592 trim_threshold=17179869184 top_pad=268435456"
 
@@ -73,9 +75,11 @@ class Line:
     unit: str
 
 
-LINES = [Line("dpo_step", "dpo", "rate", "pairs/s"), Line("dpo_memory", "dpo", "memory", "MB"),
+LINES = [Line("dpo_step", "dpo", "rate", "pairs/s"), Line("dpo_tokens", "dpo", "token_rate", "tokens/s"),
+         Line("dpo_memory", "dpo", "memory", "MB"),
          Line("dpo_step_bf16", "dpo_bf16", "rate", "pairs/s"), Line("dpo_memory_bf16", "dpo_bf16", "memory", "MB"),
          Line("sampling", "sampling", "rate", "tokens/s"), Line("scoring", "scoring", "rate", "candidates/s"),
+         Line("scoring_logits", "scoring_logits", "rate", "candidates/s"),
          Line("logprob_time", "logprob", "seconds", "s"), Line("logprob_memory", "logprob", "first_memory", "MB"),
          Line("preprocessing", "preprocessing", "rate", "pictures/s"),
          Line("load_time", "load", "seconds", "s"), Line("load_memory", "load", "of_file", "x file"),
@@ -87,11 +91,10 @@ LINES = [Line("dpo_step", "dpo", "rate", "pairs/s"), Line("dpo_memory", "dpo", "
 def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
     """Reference log-probabilities once a pair, then each pair in two steps; vision features are made anew each time."""
     meter, dtype = Meter(size), dtype or size.dtype
-    cfg = train.Config(out=str(folder / "run"), batch_size=size.batch, micro_batch=size.batch, lr=RATE, warmup_steps=0)
+    cfg = train.Config(out=str(folder / "run"), dtype=str(dtype).removeprefix("torch."), batch_size=size.batch,
+                       micro_batch=size.batch, lr=RATE, warmup_steps=0)
     run = Run(cfg, Ranks(size.device))
-    student, reference = load_vlm(folder, size.device), load_vlm(folder, size.device, dtype).requires_grad_(False)
-    student.compute_dtype = dtype
-    student.tower.requires_grad_(False)
+    student = load_trainable(str(folder), cfg, run.ranks.device)
     optimiser, state, items, pairs = make_optimiser(student, cfg.lr, cfg.weight_decay), train.State(), {}, []
     for i, (image, text) in enumerate(questions(size, size.pairs)):
         encoded = io.BytesIO()
@@ -103,13 +106,14 @@ def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
     found: list[Pair] = []
 
     def work() -> None:
-        student.feature_cache = reference.feature_cache = FeatureCache(1 << 32)
-        found[:] = train.with_reference_logps(run, reference, pairs, items)
+        student.feature_cache = FeatureCache(1 << 32)
+        found[:] = train.with_reference_logps(run, student, pairs, items)
         for start in [*range(0, size.pairs, size.batch)] * 2:
             train.train_step(run, student, optimiser, found[start:start + size.batch], items, state)
     figures = meter.run(work, 2 * size.pairs, count_flops=True, dtype=str(dtype))
-    return figures | {"check": [statistics.mean(getattr(p, f"reference_{side}_logp") for p in found)
-                                for side in ("chosen", "rejected")]}
+    tokens = statistics.mean(2 * p.row_tokens - len(p.chosen) - len(p.rejected) for p in found)
+    return figures | {"tokens": tokens, "check": [statistics.mean(getattr(p, f"reference_{side}_logp") for p in found)
+                                                  for side in ("chosen", "rejected")]}
 
 
 def sampling(size: Size, folder: Path) -> Figures:
@@ -131,6 +135,13 @@ def scoring(size: Size, folder: Path) -> Figures:
         return [c for [c] in generate(vlm, prompts, max_new_tokens=size.verdict, temperature=0)]
     return meter.run(lambda: score_candidates(ask, asked, candidates), size.samples, count_flops=True,
                      check=prompt_digest(vlm, rubric_chats(size)))
+
+
+def scoring_logits(size: Size, folder: Path) -> Figures:
+    meter, vlm = Meter(size), load_vlm(folder, size.device, size.dtype)
+    asked, candidates = chats(size, 1), [completions(size, 0, size.samples)]
+    return meter.run(lambda: expected_scores(lambda prompts: next_digits(vlm, prompts, REPLIES), asked, candidates),
+                     size.samples, count_flops=True, check=prompt_digest(vlm, rubric_chats(size)))
 
 
 def prompt_digest(vlm: Any, asked: list[list[dict]]) -> str:
@@ -223,7 +234,8 @@ def checkpoint(size: Size, folder: Path) -> Figures:
 
 
 SIDES = {"checkpoint": checkpoint, "ceilings": ceilings, "dpo": dpo, "dpo_bf16": partial(dpo, dtype=torch.bfloat16),
-         "sampling": sampling, "scoring": scoring, "logprob": logprob, "preprocessing": preprocessing, "load": load,
+         "sampling": sampling, "scoring": scoring,
+         "scoring_logits": scoring_logits, "logprob": logprob, "preprocessing": preprocessing, "load": load,
          "answers": answers, "hostile": hostile}
 
 
@@ -248,6 +260,8 @@ def both_sides(job: str, size: str, folder: Path, absent: list[str]) -> tuple[Fi
         a, b, tolerance = ours["check"], peer["check"], 1e-2 if "bfloat16" in ours["dtype"] else 1e-4
         if a != b and not (isinstance(a, list) and all(math.isclose(x, y, rel_tol=tolerance) for x, y in zip(a, b))):
             raise RuntimeError(f"the two sides of {job} did not compute the same: ours {a}, the peer {b}")
+    for side in (ours, peer) if "tokens" in ours else ():
+        side |= {"token_rate": side["rate"] * ours["tokens"]} if side else {}
     return ours, peer
 
 
@@ -284,7 +298,7 @@ def measure(size: str, names: list[str]) -> dict[str, Any]:
         found = dict(zip(jobs, pool.map(lambda job: both_sides(job, size, folder, absent), jobs)))
     rows = []
     for line in (line for line in lines if line.job in jobs):
-        timed = line.key in ("rate", "seconds")
+        timed = line.key in ("rate", "token_rate", "seconds")
         ours, peer = (side.get(line.key) for side in found[line.job])
         rows.append({"name": line.name, "ours": ours, "peer": peer, "ratio": ours / peer if peer else None,
                      "unit": line.unit, "of_ceiling": share(found[line.job][0], machine) if timed else None})

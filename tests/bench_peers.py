@@ -338,10 +338,10 @@ def load(size: Size, folder: Path) -> Figures:
 
 
 SIDES = {"dpo": dpo, "dpo_bf16": partial(dpo, dtype=torch.bfloat16), "sampling": sampling, "scoring": scoring,
-         "logprob": logprob, "preprocessing": preprocessing, "load": load}
+         "scoring_logits": scoring, "logprob": logprob, "preprocessing": preprocessing, "load": load}
 READS = ("transformers", "torchvision", "jinja2")
-NEEDS = {"dpo": ("trl", *READS), "dpo_bf16": ("trl", *READS), "sampling": READS, "scoring": READS, "logprob": (),
-         "preprocessing": READS[:1], "load": READS[:1]}
+NEEDS = {"dpo": ("trl", *READS), "dpo_bf16": ("trl", *READS), "sampling": READS, "scoring": READS,
+         "scoring_logits": READS, "logprob": (), "preprocessing": READS[:1], "load": READS[:1]}
 
 
 def missing(jobs: list[str]) -> list[str]:

@@ -149,9 +149,9 @@ def parts(tmp_path: Path, **flags: Any) -> tuple[Run, VLM, VLM, VLM]:
 
 def test_one_step(tmp_path: Path, items: list[Item]) -> None:
     """The loss of step 1 is ln 2 in bf16 too; the fused optimiser moves fp32 weights, by less than bf16 could hold."""
-    run, student, reference, _ = parts(tmp_path, lr=1e-6, warmup_steps=1, micro_batch=8)
+    run, student, _ = parts(tmp_path, lr=1e-6, warmup_steps=1, micro_batch=8)
     by_id = {item.id: item for item in items}
-    pairs = train.with_reference_logps(run, reference, pairs_of(items[:32], student), by_id)
+    pairs = train.with_reference_logps(run, student, pairs_of(items[:32], student), by_id)
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32} and student.dtype == torch.bfloat16
     before, frozen = ({n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad is wanted}
@@ -169,9 +169,9 @@ def test_one_step(tmp_path: Path, items: list[Item]) -> None:
 
 def test_the_loss_falls(tmp_path: Path, items: list[Item]) -> None:
     """Ten steps on the same pairs, all weights trained."""
-    run, student, reference, _ = parts(tmp_path, lr=1e-4, warmup_steps=1, trainable="all")
+    run, student, _ = parts(tmp_path, lr=1e-4, warmup_steps=1, trainable="all")
     by_id, state = {item.id: item for item in items}, State()
-    pairs = train.with_reference_logps(run, reference, pairs_of(items[:32], student), by_id)
+    pairs = train.with_reference_logps(run, student, pairs_of(items[:32], student), by_id)
     optimiser = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay)
     log = [train.train_step(run, student, optimiser, pairs, by_id, state) for _ in range(10)]
     assert log[-1]["loss"] < log[0]["loss"] - 0.05 and log[-1]["rewards/accuracies"] > 0.9
@@ -179,9 +179,9 @@ def test_the_loss_falls(tmp_path: Path, items: list[Item]) -> None:
 
 def test_checkpoints_come_back(tmp_path: Path, items: list[Item]) -> None:
     """Saved from the GPU, opened on the CPU: weights and optimiser, and the deployed model in its own dtype."""
-    run, student, reference, _ = parts(tmp_path, lr=1e-3)
+    run, student, _ = parts(tmp_path, lr=1e-3)
     by_id, state = {item.id: item for item in items}, State()
-    pairs = train.with_reference_logps(run, reference, pairs_of(items[:8], student), by_id)
+    pairs = train.with_reference_logps(run, student, pairs_of(items[:8], student), by_id)
     optimiser, replay = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay), train.ReplayBuffer(8, 0.5)
     train.train_step(run, student, optimiser, pairs, by_id, state)
     train.save(run, state, student, optimiser, replay)

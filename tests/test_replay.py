@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import ast
+import math
 import random
 import runpy
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import fmean, pvariance
 from typing import Any
 
 import pytest
@@ -123,6 +125,111 @@ def test_bad_buffers(capacity: int, tau: float) -> None:
         ReplayBuffer(capacity, tau)
 
 
+# ---- what the gate does to the update: the docstring's proposition
+
+DRAWS = 8_000
+Law = dict[float, tuple[float, float]]                  # margin, all equally likely -> q(m), g(m)
+
+
+def gated(law: Law, tau: float, seed: int) -> tuple[list[float], list[float]]:
+    """d and g of those of DRAWS pairs that the buffer admits; g spreads around g(m), independent of d given m."""
+    rng, drawn, pairs = random.Random(seed), {}, []
+    for k in range(DRAWS):
+        m = rng.choice(list(law))
+        q, g = law[m]
+        drawn[str(k)] = (1.0 if rng.random() < q else -1.0, g * rng.uniform(0.5, 1.5))
+        pairs.append(pair(str(k), m))
+    made = ReplayBuffer(DRAWS, tau)
+    made.add(pairs)
+    return tuple(map(list, zip(*(drawn[name] for name in names(made.pairs)))))
+
+
+def expected(law: Law, tau: float) -> tuple[float, float, float]:
+    """q(tau), E[g | m >= tau], E[(2 q(m) - 1) g(m) | m >= tau]."""
+    kept = [both for m, both in law.items() if m >= tau]
+    return (fmean(q for q, _ in kept), fmean(g for _, g in kept), fmean((2 * q - 1) * g for q, g in kept))
+
+
+def error(values: list[float]) -> float:
+    """Five standard errors of the mean: exceeded once in two million."""
+    return 5 * math.sqrt(pvariance(values) / len(values))
+
+
+RISING = {0.2: (0.5, 1.0), 0.4: (0.6, 1.0), 0.6: (0.75, 1.0), 0.8: (0.85, 1.0), 1.0: (0.95, 1.0)}
+INVERTED = {m: (1 - q, g) for m, (q, g) in RISING.items()}          # confidence inversion: q falls as tau rises
+
+
+@pytest.mark.parametrize("law", [RISING, INVERTED], ids=["rising", "inverted"])
+def test_gating_moves_the_mean_and_steadies_the_pairs(law: Law) -> None:
+    """q goes away from 1/2 with tau, up or down: its side is the sign, and a pair's variance falls either way."""
+    variances = []
+    for seed, tau in enumerate((0.0, 0.4, 0.8, 1.0)):
+        d, g = gated(law, tau, seed)
+        update = [a * b for a, b in zip(d, g)]
+        q, scale, exact = expected(law, tau)
+        assert exact == pytest.approx((2 * q - 1) * scale)              # g does not change with m: the product holds
+        assert abs(fmean(update) - exact) < error(update) and (fmean(update) > 0) == (q > 0.5)
+        squares = [(x - (2 * q - 1)) ** 2 for x in d]                   # of unit gradients
+        assert abs(fmean(squares) - 4 * q * (1 - q)) < error(squares)
+        variances.append(fmean(squares))
+    assert variances == sorted(variances, reverse=True) and variances[-1] < variances[0] / 3
+
+
+def test_the_sign_flips_at_one_half() -> None:
+    """Two margins of equal weight: tau chooses whether q lies above 1/2, at it, or below."""
+    law = {0.3: (0.8, 1.0), 0.6: (0.5, 1.0), 0.9: (0.2, 1.0)}
+    means = []
+    for seed, tau in enumerate((0.0, 0.6, 0.9)):
+        d, g = gated(law, tau, seed)
+        update = [a * b for a, b in zip(d, g)]
+        assert abs(fmean(update) - expected(law, tau)[2]) < error(update)
+        means.append((fmean(update), error(update)))
+    (none, margin), *others = means
+    assert abs(none) < margin                                           # q = 1/2 in all: no direction
+    assert all(mean < -margin for mean, margin in others)               # 0.35 and 0.2
+    lifted = {m: (q + 0.4 * (m > 0.5), g) for m, (q, g) in law.items()}
+    d, g = gated(lifted, 0.6, 3)                                        # 0.9 and 0.6 in their place
+    assert fmean(a * b for a, b in zip(d, g)) > error([a * b for a, b in zip(d, g)])
+
+
+def test_the_mean_of_a_batch_may_vary_more() -> None:
+    """q from 0.55 to 0.7 lowers a pair's variance, but a tenth of the pairs is left: the batch's rises."""
+    law, batches = {m / 10: (0.7 if m == 10 else 0.6 - 0.01 * m, 1.0) for m in range(1, 11)}, 1000
+
+    def mean_of_a_batch(seed: int, tau: float) -> float:
+        rng, made, right = random.Random(seed), ReplayBuffer(100, tau), {}
+        for k in range(100):
+            m = rng.choice(list(law))
+            right[str(k)] = 1.0 if rng.random() < law[m][0] else -1.0
+            made.add([pair(str(k), m)])
+        return fmean(right[name] for name in names(made.pairs))
+    found, exact = [], []
+    for tau, left in ((0.0, 1.0), (1.0, 0.1)):
+        q, sizes = expected(law, tau)[0], range(1, 101)                 # n(tau) is binomial: its share `left` of 100
+        inverse = sum(math.comb(100, n) * left ** n * (1 - left) ** (100 - n) / n for n in sizes)      # E[1 / n(tau)]
+        exact.append(4 * q * (1 - q) * inverse)
+        found.append(pvariance([mean_of_a_batch(seed, tau) for seed in range(batches)]))
+        assert abs(found[-1] / exact[-1] - 1) < 5 * math.sqrt(2 / batches)      # five standard errors of a variance
+    before, after = (expected(law, tau)[0] for tau in (0.0, 1.0))
+    assert after * (1 - after) < before * (1 - before)                  # one pair's variance falls
+    assert found[1] > 5 * found[0]
+
+
+def test_independence_given_each_margin_is_not_enough() -> None:
+    """Small gradients point the right way, large ones the wrong way: the product of the means has the wrong sign."""
+    law = {0.5: (0.9, 0.1), 1.0: (0.2, 1.0)}
+    d, g = gated(law, 0.5, 0)
+    update = [a * b for a, b in zip(d, g)]
+    q, scale, exact = expected(law, 0.5)
+    product = (2 * q - 1) * scale
+    assert product == pytest.approx(0.055) and exact == pytest.approx(-0.26)
+    assert abs(fmean(update) - exact) < error(update) < 0.1 < abs(fmean(update) - product)
+    for m, (q, _) in law.items():                                       # given each margin they are independent
+        there, size = gated({m: law[m]}, 0.5, 1)
+        spread = [(a - (2 * q - 1)) * (b - law[m][1]) for a, b in zip(there, size)]
+        assert abs(fmean(spread)) < error(spread)
+
+
 # ---- batches
 
 FRESH = [pair(f"new-{i}") for i in range(20)]
@@ -203,7 +310,7 @@ ALLOWED = {"dpo.py": {"torch"}, "replay.py": set(), "verifier.py": set(), "gate.
            **dict.fromkeys(["eval.py", *TASKS], {"numpy", "PIL", "verifier", "tasks"})}
 # Imported inside functions, where they are needed: optional packages, and what a command line puts together
 WITHIN = {"gate.py": {"torch", "eval", "model", "replay", "tasks", "verifier"}, "eval.py": {"torch", "model", "tqdm"},
-          "tasks/__init__.py": {"pyarrow"}, "tasks/demo.py": {"matplotlib"}}
+          "tasks/__init__.py": {"pyarrow"}, "tasks/demo.py": {"matplotlib"}, "verifier.py": {"model"}}
 
 
 def imported(node: ast.AST, functions: bool) -> set[str]:

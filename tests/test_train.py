@@ -22,6 +22,7 @@ import torch
 import train
 from dpo import METRICS
 from eval import load_task, score
+from gate import explain_change, proportion
 from model import generate, load_vlm
 from model.optimise import learning_rate
 from model.run import Interrupted, NonFinite, Ranks, Run
@@ -29,6 +30,7 @@ from replay import Pair
 from tasks import Item
 from tasks.jsonl import export_items
 from train import Config, State
+from verifier import score_candidates
 
 ROOT = Path(__file__).resolve().parents[1]
 ITEMS = 160                                             # of the demo's 4,096: 40 held back, 120 to train on
@@ -167,7 +169,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_files(whole: Path) -> None:
     files = tree(whole)
     assert {n for n in files if "/" not in n} == {
-        "checkpoints", "config.json", "gate_records.jsonl", "held_out.jsonl", "metrics.jsonl", "pairs", "summary.json"}
+        "checkpoints", "config.json", "gate_records.jsonl", "held_out.jsonl", "metrics.jsonl", "pairs", "summary.json",
+        "trained_on.jsonl"}
     assert {n for n in files if n.startswith("pairs/")} == {"pairs/round-1.jsonl", "pairs/round-2.jsonl"}
     found = summary(whole)
     assert found["pre_gate"]["verdict"] in ("PASS", "BLOCK") and found["pre_gate"]["reasons"]
@@ -206,6 +209,50 @@ def test_every_pair_is_accounted_for(whole: Path) -> None:
         assert told["above_margin"] == sum(p["margin"] >= 0.5 for p in pairs)
 
 
+def test_direction_of_every_round(whole: Path) -> None:
+    """q of the round's pairs, by the labels: recounted from the pairs that were written."""
+    for number, told in enumerate(summary(whole)["rounds"], 1):
+        pairs = rows(whole / "pairs" / f"round-{number}.jsonl")
+        sides = [[score(by_id()[p["item_id"]], p[side]).correct for side in ("chosen_text", "rejected_text")]
+                 for p in pairs]
+        won = [chosen for chosen, rejected in sides if chosen != rejected]
+        assert told["mixed"] == len(won) > 3 and told["right_way"] == sum(won)
+        assert told["direction"] == proportion(sum(won), len(won))
+
+
+def test_what_was_trained_on_is_asked_again(whole: Path) -> None:
+    """Round 1's items, with the frozen and the trained student's greedy answers and the verifier's scores of them; the
+    gate after training says what they and the held-out ones amount to."""
+    told, held_out = rows(whole / "trained_on.jsonl"), rows(whole / "held_out.jsonl")
+    round_one = train.round_items(config(whole), train.load_splits(config(whole)).train, 0)
+    assert {row["id"] for row in told} == {item.id for item in round_one} and len(told) == 48
+    items, frozen, verifier = [by_id()[r["id"]] for r in told], load_vlm(Config().student), load_vlm(Config().verifier)
+    answers = [answer for [answer] in generate(frozen, [i.chat() for i in items], max_new_tokens=16, temperature=0)]
+    assert [a.text for a in answers] == [row["frozen"]["response"] for row in told]
+    assert [score(item, a.text).correct for item, a in zip(items, answers)] == [r["frozen"]["correct"] for r in told]
+    for side in ("frozen", "trained"):
+        values = [value.value for [value] in score_candidates(
+            lambda chats: [reply for [reply] in generate(verifier, chats, max_new_tokens=16, temperature=0)],
+            [item.chat() for item in items], [[row[side]["response"]] for row in told])]
+        assert values == [row[side]["score"] for row in told] and len(set(values)) > 1
+    found, sides = summary(whole)["post_gate"], [[[row[side] for row in each] for side in ("frozen", "trained")]
+                                                 for each in (held_out, told)]
+    why = explain_change(*sides)
+    assert {name: found[name] for name in ("diagnosis", "drift", "trained_on")} == {
+        name: why[name] for name in ("diagnosis", "drift", "trained_on")}
+    assert found["reasons"][-len(why["reasons"]):] == why["reasons"] and found["trained_on"]["accuracy"]["n"] == 48
+    assert found["drift"]["parse_rate"]["n"] == 16 and found["drift"]["outside_options"]["n"] == 0
+
+
+def test_fewer_are_asked_again(whole: Path, tmp_path: Path) -> None:
+    """As many as the flag says, of the same items; how many has no bearing on what is trained."""
+    out = tmp_path / "run"
+    assert start(config(out, trained_on_items=5, rounds=1)) == 3
+    told, frozen = rows(out / "trained_on.jsonl"), [row["frozen"] for row in rows(whole / "trained_on.jsonl")]
+    assert len(told) == 5 and all(row["frozen"] in frozen for row in told)
+    assert (out / "pairs" / "round-1.jsonl").read_bytes() == (whole / "pairs" / "round-1.jsonl").read_bytes()
+
+
 def test_stored_reference_is_the_references_own(whole: Path) -> None:
     """The log-probabilities in a checkpoint are those of the frozen student, also after steps of training."""
     frozen = load_vlm(Config().student)
@@ -240,6 +287,25 @@ def test_resumed_from_any_checkpoint(whole: Path, tmp_path: Path, number: int) -
     (tmp_path / "run" / "held_out.jsonl").unlink()
     assert start(config(tmp_path / "run", resume=True)) == 3
     same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, part", [
+    ({"lora_rank": 4, "verdict": "logits", "lr": 1e-3}, ".lora_"), ({"trainable": "all"}, "model."),
+    ({"trainable": "layers:1-1", "recompute": True, "micro_batch": 5}, "language_model.layers.1.")], ids=lambda x: str(x))
+def test_other_weights_resume_alike(tmp_path: Path, flags: dict[str, Any], part: str) -> None:
+    """A run that trains adapters, one layer, or all: its checkpoints hold just that, the first loss is ln 2, and a
+    resumed run is the run."""
+    flags = flags | {"rounds": 1, "steps_per_round": 4}
+    assert start(config(tmp_path / "one", **flags)) == 3
+    saved = state(tmp_path / "one")["model"]
+    assert saved and all(part in name for name in saved) and any(".visual." in name for name in saved) == (
+        part == "model.")
+    log = [row for row in rows(tmp_path / "one" / "metrics.jsonl") if "loss" in row]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and log[-1]["loss"] != log[0]["loss"]
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / steps(tmp_path / "two")[-1])
+    assert start(config(tmp_path / "two", resume=True, **flags)) == 3
+    same_run(tmp_path / "one", tmp_path / "two")
 
 
 def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
@@ -546,7 +612,7 @@ def blind(item: Item) -> Blind:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any, Any, Any]:
-    """A run of one round, with its student, reference and verifier."""
+    """A run of one round, with its student and verifier."""
     run = Run(config(tmp_path_factory.mktemp("parts") / "run"), Ranks("cpu"))
     return run, *train.load_models(run)
 
@@ -554,12 +620,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any, Any, Any]
 @pytest.fixture(scope="module")
 def pairs(parts: tuple) -> list[Pair]:
     """The pairs of some items, whose answers raise when they are read."""
-    run, student, reference, verifier = parts
+    run, student, verifier = parts
     items = [blind(item) for item in few_items("bar")[:48]]
     candidates = train.sample(run, student, items, 1)
     scores = train.score(run, verifier, items, [[c.text for c in row] for row in candidates])
     found = train.make_pairs(run, items, candidates, scores, State())
-    return train.with_reference_logps(run, reference, found, {item.id: item for item in items})
+    return train.with_reference_logps(run, student, found, {item.id: item for item in items})
 
 
 def step_with(parts: tuple, pairs: list[Pair], items: dict[str, Item] | None = None, **flags: Any
@@ -589,13 +655,27 @@ def test_labels_are_never_read(parts: tuple, pairs: list[Pair]) -> None:
 
 
 def test_hidden_answers_give_the_same_pairs(parts: tuple, pairs: list[Pair]) -> None:
-    run, student, _, verifier = parts
+    run, student, verifier = parts
     items = [replace(item, answer=None) for item in few_items("bar")[:48]]
     candidates = train.sample(run, student, items, 1)
     scores = train.score(run, verifier, items, [[c.text for c in row] for row in candidates])
     found = train.make_pairs(run, items, candidates, scores, State())
-    assert found == [replace(p, reference_chosen_logp=None, reference_rejected_logp=None, reference_key="")
-                     for p in pairs]
+    assert found == [replace(p, reference_chosen_logp=None, reference_rejected_logp=None, reference_key="",
+                             row_tokens=0) for p in pairs]
+
+
+def test_labels_change_the_log_alone(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run whose items to train on have another answer, or none: the same pairs, steps and weights."""
+    splits, out = train.load_splits(config(whole)), tmp_path / "run"
+    items = [replace(item, answer="77" if k % 2 else None) for k, item in enumerate(splits.train)]
+    monkeypatch.setattr(train, "load_splits", lambda cfg: replace(splits, train=items))
+    assert start(config(out)) == 3
+    for name in ("metrics.jsonl", "pairs/round-1.jsonl", "pairs/round-2.jsonl", "held_out.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    for part in ("model", "optimiser"):
+        assert equal(state(out)[part], state(whole)[part])
+    assert [told["mixed"] for told in summary(out)["rounds"]] == [0, 0]
+    assert 0 < summary(out)["post_gate"]["trained_on"]["accuracy"]["n"] < 48
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
@@ -640,6 +720,9 @@ def test_a_split_without_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     used = [pair["item_id"] for pair in rows(out / "pairs" / "round-1.jsonl")]
     assert len(used) > 0 and all(name.startswith("bar-make-") for name in used)
     assert summary(out)["steps"] > 0 and summary(out)["final_accuracy"]["n"] == 16
+    assert summary(out)["post_gate"]["diagnosis"] == "not measured" and rows(out / "trained_on.jsonl") == []
+    assert "not measured: " in summary(out)["post_gate"]["reasons"][-1]
+    assert [told["direction"]["value"] for told in summary(out)["rounds"]] == [None]
 
 
 def test_a_file_without_answers(tmp_path: Path) -> None:
@@ -728,7 +811,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     (["--beta", "nan"], "--beta must be a finite number, not nan"), (["--lr", "2"], "--lr must be in [0, 1], not 2"),
     (["--rounds", "0"], "--rounds must be at least 1"), (["--replay-ratio", "1"], "--replay-ratio must be in"),
     (["--loss-type", "ipo", "--label-smoothing", "0.1"], "no meaning with --loss-type ipo"),
-    (["--tas", "bar"], "unrecognized arguments: --tas")], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+    (["--trainable", "vision"], "--trainable must be all, language or layers:A-B, not 'vision'"),
+    (["--lora-rank", "4", "--trainable", "all"], "it has no meaning with --trainable all"),
+    (["--verdict", "text"], "invalid choice: 'text'"), (["--tas", "bar"], "unrecognized arguments: --tas")], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_usage(words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(train, "load_vlm", no_weights)

@@ -1,0 +1,76 @@
+"""Low-rank adapters: y = W x + (alpha / r) B A x with W frozen (LoRA, Hu et al., arXiv 2106.09685, eq. 3).
+
+A starts random and B zero, so an adapted model starts as the model it adapts, and is it again with its adapters off: no
+second copy is needed as a reference. alpha / r = 2, and adapters on every linear layer of the decoder: ours.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Linear
+from .vlm import VLM
+
+SCALE = 2.0                                             # alpha / r
+
+
+class Adapted(Linear):
+    """A linear layer with an adapter; its weight keeps its name, dtype and storage. The adapter is held in fp32."""
+
+    def __init__(self, base: Linear, rank: int, generator: torch.Generator):
+        nn.Module.__init__(self)                        # not Linear's: that would make a new weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias, self.active = base.weight, base.bias, True
+        a = torch.randn(rank, base.in_features, generator=generator) * base.in_features ** -0.5
+        self.lora_a = nn.Parameter(a.to(base.weight.device))                              # (r, in)
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))   # (out, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.active:
+            return y
+        return y + SCALE * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def merged(self) -> Tensor:
+        """W + (alpha / r) B A, computed in fp32 and returned in the weight's dtype."""
+        return (self.weight.float() + SCALE * self.lora_b @ self.lora_a).to(self.weight.dtype)
+
+
+def add_adapters(layers: Iterable[nn.Module], rank: int, seed: int = 0) -> None:
+    """Give every linear layer inside `layers` an adapter of that rank."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Linear):
+                    setattr(parent, name, Adapted(child, rank, generator))
+
+
+def adapters(vlm: VLM) -> dict[str, Adapted]:
+    """The adapted layers by name; empty for a model without any."""
+    return {name: module for name, module in vlm.named_modules() if isinstance(module, Adapted)}
+
+
+@contextmanager
+def adapters_off(vlm: VLM) -> Iterator[None]:
+    """Inside, the model is the one that was adapted."""
+    found = adapters(vlm).values()
+    for each in found:
+        each.active = False
+    try:
+        yield
+    finally:
+        for each in found:
+            each.active = True
+
+
+@torch.no_grad()
+def merged_parameters(vlm: VLM) -> dict[str, Tensor]:
+    """The parameters by the names that `vlm` was loaded with, adapters merged into the weights."""
+    found = adapters(vlm)
+    layers = {f"{name}.weight": layer for name, layer in found.items()}
+    return {name: layers[name].merged() if name in layers else vlm.get_parameter(name) for name in vlm.disk_names}
