@@ -113,6 +113,16 @@ def test_rows_are_drawn_on_their_own() -> None:
     assert choose(torch.zeros(3, 9), 1.0, 0, uniforms).tolist() == [0, 5, 8]            # the inverse, in token order
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64, 65])
+def test_logits_of_few_rows(vlm: VLM, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The head of a published vocabulary is multiplied in blocks, by few rows: the same product."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (151_936, 128_256, 70_001):
+        head, hidden = torch.randn(size, 4, generator=generator), torch.randn(rows, 4, generator=generator)
+        monkeypatch.setattr(VLM, "head_weight", head)
+        assert torch.allclose(vlm.logits(hidden), hidden @ head.T, atol=1e-5)
+
+
 # ---- a sample's own numbers
 
 def numbers(vlm: VLM, chats: list, n: int = 2, seed: int = 0, seen: Counter | None = None) -> Tensor:
