@@ -32,7 +32,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, block: int) -> Tensor:
         top = torch.full(targets.shape, -torch.inf, device=hidden.device)                  # (N,), as all below
-        total, picked = torch.zeros_like(top), torch.empty_like(top)
+        total, picked = torch.zeros_like(top), torch.full_like(top, torch.nan)      # NaN: no such token
         for start in range(0, len(weight), block):
             logits = F.linear(hidden, weight[start:start + block].to(hidden.dtype)).float()          # (N, block)
             place = targets - start

@@ -10,7 +10,7 @@ become a pair; DPO updates the student against its frozen self; pairs with a lar
 by the gates, the watch split and the log, never by what trains.
 
 Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 usage; 1 anything else, SIGTERM included.
-Every draw is seeded by (--seed, round, what is drawn), so a resumed run repeats an uninterrupted one bit for bit.
+Every draw is seeded by (--seed, round, what is drawn): on a CPU a resumed run repeats an uninterrupted one bit for bit.
 """
 from __future__ import annotations
 
@@ -281,6 +281,9 @@ def pair_logps(vlm: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> tuple
 
 def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> list[Pair]:
     """The pairs with the log-probabilities of the student's frozen self: once, however often a pair is replayed."""
+    if not pairs:
+        return []
+
     @torch.no_grad()
     def part(pairs: Sequence[Pair]) -> list[Pair]:
         rows, chosen, rejected = pair_logps(reference, pairs, by_id)

@@ -1,4 +1,7 @@
-"""The verifier: asks a frozen model whether a candidate answer is right, and reads its verdict.
+"""The verifier: asks a model whether a candidate answer is right, or which of two is better, and reads its verdict.
+
+    python verifier.py                                     the demo: a judge that improves itself without labels
+    torchrun verifier.py --verifier V --task T --data D --iterations 4 --out DIR
 
     rubric prompt    (pictures, question, candidate)  ->  {"score": s}, s in [0, 1]; right means s >= 0.5
     verdict          the last JSON object with a "score" in the final text, or None: nothing is guessed
@@ -6,17 +9,37 @@
 The paper ("When Good Verifiers Go Bad", arXiv 2606.14629) describes the prompt (task-agnostic, JSON with a score)
 and does not print it; the wording below is ours. This file imports the standard library only: to use another
 verifier (vLLM, an API), hand `score_candidates` a callable that answers chats.
+
+The judge ("Self-Improving VLM Judges Without Human Annotations", arXiv 2512.05145): pairs are made without labels (the
+majority of 16 samples against another; a response against its altered self), judged in both orders; what agrees with
+the pairs in both is what the judge is trained on, in its own words. The loop that trains it is model/judge.py.
 """
 from __future__ import annotations
 
 import json
+import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 RUBRIC = ('You grade an answer to a question about pictures. Reply with JSON only: {"score": s}, '
           's from 0.0 (wrong) to 1.0 (right).\nQuestion: ')
 CANDIDATE = "\nAnswer to grade: "
+COMPARISON = """You are a highly capable multimodal AI assistant tasked with evaluating answers to visual questions. \
+Look at the picture, read the question and both answers, and weigh them by accuracy (do they agree with the picture?), \
+completeness, clarity and relevance. Neither the order of the answers nor their length may count.
+
+Question: {question}
+
+Answer 1: {first}
+
+Answer 2: {second}
+
+Explain your judgment briefly. Then end with one line of exactly this form, where X is 1 or 2:
+Overall Judgment: Answer X is better."""
 REPLIES = ('{"score": ', '{"score": 0.')                             # after which a score's digits are read
 LAST_CHARACTERS = 20_000                                             # a verdict comes last; no more is searched for it
 
@@ -42,6 +65,22 @@ def rubric_chat(chat: list[dict], candidate: str) -> list[dict]:
     return [*earlier, {"role": "user", "content": parts}]
 
 
+def comparison_chat(chat: list[dict], first: str, second: str) -> list[dict]:
+    """The comparison prompt: the task's own question, then both answers, numbered in the order they are shown."""
+    head, one, two, tail = re.split(r"\{\w+\}", COMPARISON)
+    return _framed(chat, head, one + first + two + second + tail)
+
+
+def _framed(chat: list[dict], head: str, tail: str) -> list[dict]:
+    """The question between two texts; pictures that open it stay in front, as tasks/rewardbench.py shows them."""
+    *earlier, question = chat
+    content = question["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    opening = next((k for k, part in enumerate(parts) if part["type"] != "image"), len(parts))
+    parts.insert(opening, {"type": "text", "text": head})
+    return [*earlier, {"role": "user", "content": [*parts, {"type": "text", "text": tail}]}]
+
+
 def score_candidates(answer: Callable[[list[list[dict]]], Sequence], chats: list[list[dict]],
                      candidates: list[list[str]]) -> list[list[Score]]:
     """Score every candidate of every item with the rubric prompt, greedily decoded.
@@ -53,19 +92,19 @@ def score_candidates(answer: Callable[[list[list[dict]]], Sequence], chats: list
                                     for c in answer(asked)], chats, candidates)
 
 
-def expected_scores(odds: Callable[[list[list[dict]]], Sequence], chats: list[list[dict]],
+def expected_scores(digits: Callable[[list[list[dict]]], Sequence], chats: list[list[dict]],
                     candidates: list[list[str]]) -> list[list[Score]]:
     """Score as `score_candidates` does, by the expected score, without decoding: P(1) + P(0) * E[first decimal].
 
-    `odds(chats)` returns for each chat, and each of REPLIES as the reply's beginning, the probabilities that the digits
-    0 to 9 come next. More than two levels come of it, where decoded scores have few. Ours, not the paper's. None where
+    `digits(chats)` returns for each chat, and each of REPLIES as the reply's beginning, the probabilities that 0 to 9
+    come next. More than two levels come of it, where decoded scores have few. Ours, not the paper's. None where
     neither 0 nor 1 is likely to come first: a model that would not reply with a score has none.
     """
     def expected(first: Sequence[float], decimal: Sequence[float]) -> Score:
         mean = sum(d * p for d, p in enumerate(decimal)) / (10 * sum(decimal) or 1)
         value = min(first[1] + first[0] * mean, 1.0) if first[0] + first[1] >= 0.5 else None
         return Score(value, "" if value is None else f'{{"score": {value:.3f}}}')
-    return _for_each(lambda asked: [expected(*found) for found in odds(asked)], chats, candidates)
+    return _for_each(lambda asked: [expected(*found) for found in digits(asked)], chats, candidates)
 
 
 def _for_each(judge: Callable[[list[list[dict]]], Iterable[Score]], chats: list[list[dict]],
@@ -78,8 +117,190 @@ def _for_each(judge: Callable[[list[list[dict]]], Iterable[Score]], chats: list[
     return [[scores[i, text] for text in texts] for i, texts in enumerate(candidates)]
 
 
+def pairwise_scores(answer: Callable[[list[list[dict]]], Sequence], chats: list[list[dict]],
+                    candidates: list[list[str]]) -> list[list[Score]]:
+    """Score a candidate by the share of its comparisons with the item's other K - 1, in both orders, that it wins.
+
+    `answer` as in `score_candidates`. A comparison without a verdict is not won; None where none of a candidate's has
+    one. Each ordered pair of different texts is asked about once. Equal texts are not compared: whatever a judge says
+    of them, each wins one of the two orders, so they count as half won. So all candidates of an item are worth 0.5
+    where all are equal. A lone candidate has no score.
+    """
+    if len(chats) != len(candidates):
+        raise ValueError(f"{len(chats)} chats and {len(candidates)} lists of candidates do not belong together")
+    asked = [(i, a, b) for i, texts in enumerate(candidates) for a in dict.fromkeys(texts)
+             for b in dict.fromkeys(texts) if a != b]
+    replies = dict(zip(asked, answer([comparison_chat(chats[i], a, b) for i, a, b in asked]), strict=True))
+    sides = {key: parse_preference(reply.text) for key, reply in replies.items()}
+
+    def judged(i: int, texts: list[str], text: str) -> Score:
+        met = [((i, text, other), (i, other, text)) for other in texts if other != text]
+        wins = len(texts) - 1 - len(met) + sum((sides[ahead] == 1) + (sides[behind] == 2) for ahead, behind in met)
+        count, keys = 2 * (len(texts) - 1), [key for both in met for key in both]
+        known = count > 0 and (not met or any(sides[key] is not None for key in keys))
+        return Score(wins / count if known else None, f"{wins} of {count} won",
+                     any(replies[key].finish_reason == "length" for key in keys))
+    return [[judged(i, texts, text) for text in texts] for i, texts in enumerate(candidates)]
+
+
 # a way to score -> score(ask, chats, candidates): what `ask` must answer is said in each one's docstring
-VERDICTS: dict[str, Callable] = {"json": score_candidates, "logits": expected_scores}
+VERDICTS: dict[str, Callable] = {"json": score_candidates, "logits": expected_scores, "pairwise": pairwise_scores}
+
+
+# ---- pairs without labels, and what a judge makes of them (arXiv 2512.05145)
+
+@dataclass(frozen=True)
+class SyntheticPair:
+    """Two responses to the question of an item; that `better` is the better one is supposed, nobody was asked."""
+    item_id: str
+    better: str
+    worse: str
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """A judge's words on a pair in one order. `side` is the place of the better response, `verdict` the judge's.
+
+    `token_ids` are those that were sampled: they are what is trained on.
+    """
+    item_id: str
+    first: str
+    second: str
+    side: int
+    verdict: int | None
+    token_ids: tuple[int, ...]
+    text: str
+    truncated: bool = False
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it finds the better response better; one that was cut off is no example."""
+        return self.verdict == self.side and not self.truncated
+
+
+def majority_pair(item_id: str, texts: Sequence[str], extract: Callable[[str], Hashable | None], seed: int,
+                  votes: int = 5) -> SyntheticPair | str:
+    """A sample with the majority's answer and one, drawn at random, with another; or the reason for none.
+
+    `extract` finds the answer in a response, None where there is none, as the task's scorer does. Reasons: "unparsed"
+    (no sample has an answer), "few_votes" (the most frequent one has fewer than `votes`), "tie" (two have most),
+    "unanimous" (there is no other). A sample without an answer neither votes nor is paired. 16 samples and 5 votes are
+    the paper's. The draw depends on `seed` and the item's id alone.
+    """
+    answers = [extract(text) for text in texts]
+    (most, count), *others = [*Counter(a for a in answers if a is not None).most_common(), (None, 0)]
+    if count == 0:
+        return "unparsed"
+    if count < votes:
+        return "few_votes"
+    if others[0][1] == count:
+        return "tie"
+    return _draw_pair(item_id, [text for text, a in zip(texts, answers) if a == most],
+                      [text for text, a in zip(texts, answers) if a not in (most, None)], seed)
+
+
+def correct_pair(item_id: str, texts: Sequence[str], correct: Sequence[bool | None], seed: int) -> SyntheticPair | str:
+    """A right sample and a wrong one, drawn at random: the paper's comparison, which needs the answers.
+
+    None in `correct`: no answer was found, so the sample is not paired. Reasons: "none_right", "none_wrong".
+    """
+    right, wrong = ([text for text, c in zip(texts, correct, strict=True) if c is kind] for kind in (True, False))
+    if not right:
+        return "none_right"
+    return _draw_pair(item_id, right, wrong, seed) if wrong else "none_wrong"
+
+
+def _draw_pair(item_id: str, better: list[str], worse: list[str], seed: int) -> SyntheticPair | str:
+    rng = random.Random(f"{seed} {item_id}")
+    return SyntheticPair(item_id, rng.choice(better), rng.choice(worse)) if worse else "unanimous"
+
+
+ALTER = """Below is a response to a question about a picture. Write it again with one error: change {kind} in it, so \
+that it no longer agrees with the picture. Keep everything else, the style and the length included. Reply with the \
+altered response only.
+
+Question: {question}
+
+Response: {response}"""
+KINDS = {"attribute": "one attribute (a colour, size, shape or material)", "count": "one count or number",
+         "position": "one position or direction"}
+STYLE_KEPT = 0.8                                                     # least likeness of the words that are no facts
+_COUNTS = {word: str(n) for n, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve".split())} | {"single": "1", "pair": "2"}
+_SAME = {"grey": "gray", "large": "big", "huge": "big", "little": "small", "tiny": "small", "circular": "round",
+         "metallic": "metal", "wood": "wooden", "centre": "middle", "center": "middle", "over": "above",
+         "under": "below", "beneath": "below", "underneath": "below", "within": "inside", "upper": "top",
+         "lower": "bottom", "leftmost": "left", "rightmost": "right", "lefthand": "left", "righthand": "right",
+         "rear": "back"}
+_FACTS = {"attribute": set("""red orange yellow green blue purple violet pink brown black white gray gold silver beige
+          big small tall short long wide narrow thick thin round square rectangular triangular oval flat curved straight
+          wooden metal plastic glass stone leather paper open closed empty full young old wet dry striped plain dark
+          bright""".split()),
+          "position": set("""left right top bottom above below inside outside middle front back behind near far north
+          south east west foreground background corner edge beside between""".split())}
+
+
+def alter_chat(chat: list[dict], response: str, kind: str) -> list[dict]:
+    """Ask for `response` to the question of `chat` with an error of `kind` (of KINDS). The wording is ours."""
+    head, between, tail = re.split(r"\{question\}|\{response\}", ALTER.replace("{kind}", KINDS[kind]))
+    return _framed(chat, head, between + response + tail)
+
+
+def altered_pair(item_id: str, response: str, altered: str, kind: str) -> SyntheticPair | str:
+    """A response and its altered self, or the reason for none. What counts as an alteration is ours.
+
+    Facts are the words that name an attribute, a count or a position, synonyms and spellings of a number as one.
+    Reasons: "unchanged" (the facts of `kind` are the same, in whatever order: at most the style differs), "added" (a
+    fact came or went, none was replaced), "style" (of the other words less than STYLE_KEPT stayed as they were).
+    English only: what cannot be shown to be an error is dropped.
+    """
+    (before, rest), (after, other) = (_facts(final_text(text), kind) for text in (response, altered))
+    if before == after:
+        return "unchanged"
+    if before.total() != after.total():
+        return "added"
+    if SequenceMatcher(None, rest, other, autojunk=False).ratio() < STYLE_KEPT:
+        return "style"
+    return SyntheticPair(item_id, response, altered)
+
+
+def _facts(text: str, kind: str) -> tuple[Counter[str], list[str]]:
+    """The facts of a kind in a text, and its other words in order; of a long text its beginning."""
+    facts, rest = Counter(), []
+    for word in re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+", text[:LAST_CHARACTERS // 4].lower()):
+        word = _COUNTS.get(word, _SAME.get(word, word))
+        number = re.fullmatch(r"[\d.,]+", word)
+        if (number if kind == "count" else word in _FACTS[kind]):
+            facts[str(float(word.replace(",", ""))) if number and word.count(".") < 2 else word] += 1
+        else:
+            rest.append(word)
+    return facts, rest
+
+
+def judge_pairs(answer: Callable[[list[list[dict]]], Sequence], chats: list[list[dict]],
+                pairs: Sequence[SyntheticPair]) -> list[tuple[Judgment, Judgment]]:
+    """The judge's words on each pair, the better response shown first and then second. `answer` as above."""
+    shown = [(pair, *order) for pair in pairs for order in ((pair.better, pair.worse, 1), (pair.worse, pair.better, 2))]
+    twice = [chat for chat in chats for _ in range(2)]
+    asked = [comparison_chat(chat, first, second) for chat, (_, first, second, _) in zip(twice, shown, strict=True)]
+    found = [Judgment(pair.item_id, first, second, side, parse_preference(c.text), tuple(c.token_ids), c.text,
+                      c.finish_reason == "length")
+             for (pair, first, second, side), c in zip(shown, answer(asked), strict=True)]
+    return list(zip(found[::2], found[1::2]))
+
+
+def kept_judgments(judged: Iterable[tuple[Judgment, Judgment]], both_orders: bool = True) -> list[Judgment]:
+    """The judgments that agree with their pair: of a pair both or none, or, without `both_orders`, each by itself."""
+    return [each for pair in judged for each in pair
+            if (all(j.agrees for j in pair) if both_orders else each.agrees)]
+
+
+def balanced(judgments: Sequence[Judgment], seed: int, most: int = sys.maxsize) -> list[Judgment]:
+    """As many with the better response first as second, `most` together: of a side with more, some are drawn."""
+    sides = [[k for k, j in enumerate(judgments) if j.side == side] for side in (1, 2)]
+    rng, least = random.Random(seed), min(*map(len, sides), most // 2)
+    return [judgments[k] for k in sorted(k for side in sides for k in rng.sample(side, least))]
+
 
 
 # \text{x} and its kin; *x* and _x_ around words, but not products (2*3), bullets (* x), names (a_b) or rules (___)
@@ -181,3 +402,13 @@ def parse_preference(text: str) -> int | None:
 def _side(label: str) -> int | None:
     whole = _LABEL.fullmatch(label.strip(' "'))
     return _SIDE.get(whole[1].lower()) if whole else None
+
+
+def main() -> int:
+    """The judge that improves itself: build pairs, judge, filter, fine-tune, evaluate, again."""
+    from model import judge
+    return judge.cli(__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -75,20 +75,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 @dataclass(frozen=True)
 class Tree:
-    """Rows that branch: [beginning | end 1 | .. | end m], causal, each end attending to the beginning and to itself.
+    """Rows that branch: [prefix | suffix 1 | .. | suffix m], causal, each suffix attending to the prefix and to itself.
 
-    The beginnings are attended to without a mask, then each end as a sequence of its own behind a copy of the keys and
-    values of its beginning: what the ends do not see of each other is not computed. Letters: P columns of the longest
-    beginning, E of the longest end.
+    First the prefixes, without a mask, then each suffix as a sequence of its own behind a copy of its prefix's keys and
+    values: what the suffixes do not see of each other is not computed. Letters: P columns of the longest prefix, m
+    suffixes, E columns of the longest.
     """
-    beginning: int                                                              # P
-    columns: Tensor                                                             # (B, m E) of each end's tokens
+    prefix: int                                                                 # P
+    columns: Tensor                                                             # (B, m E) of each suffix's tokens
     places: Tensor                                                              # (B, T) of each column in [P | m E]
     allowed: Tensor                                                             # (B m, 1, E, P + E) bool
 
     @staticmethod
     def of(segments: list[list[int]], length: int) -> Tree:
-        """`segments`: the segment of each row's tokens, 0 the beginning, 1 .. m the ends, in this order; T = `length`.
+        """`segments`: the segment of each row's tokens, 0 the prefix, 1 .. m the suffixes, in this order; T = `length`.
         """
         starts = [[row.count(0)] for row in segments]
         m = max(max(row) for row in segments)
@@ -108,20 +108,20 @@ class Tree:
         return Tree(P, columns.clamp(max=length - 1).flatten(1), places, allowed)
 
     def to(self, device: torch.device | str) -> Tree:
-        return Tree(self.beginning, *(x.to(device) for x in (self.columns, self.places, self.allowed)))
+        return Tree(self.prefix, *(x.to(device) for x in (self.columns, self.places, self.allowed)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: (B, nh, T, hd); k, v: (B, nk, T, hd) -> (B, nh, T, hd)."""
-        P, m = self.beginning, len(self.allowed) // len(q)
+        P, m = self.prefix, len(self.allowed) // len(q)
 
-        def ends(x: Tensor) -> Tensor:                                          # (B, h, T, hd) -> (B m, h, E, hd)
+        def suffixes(x: Tensor) -> Tensor:                                      # (B, h, T, hd) -> (B m, h, E, hd)
             x = x.gather(2, self.columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
             return x.unflatten(2, (m, -1)).transpose(1, 2).flatten(0, 1)
 
         def behind(x: Tensor) -> Tensor:                                        # (B, h, T, hd) -> (B m, h, P + E, hd)
-            return torch.cat((x[:, :, :P].repeat_interleave(m, 0), ends(x)), 2)
+            return torch.cat((x[:, :, :P].repeat_interleave(m, 0), suffixes(x)), 2)
         first = attend(*(x[:, :, :P] for x in (q, k, v)), causal=True)          # (B, nh, P, hd)
-        rest = attend(ends(q), behind(k), behind(v), self.allowed)              # (B m, nh, E, hd)
+        rest = attend(suffixes(q), behind(k), behind(v), self.allowed)          # (B m, nh, E, hd)
         rest = rest.unflatten(0, (-1, m)).transpose(1, 2).flatten(2, 3)         # (B, nh, m E, hd)
         return torch.cat((first, rest), 2).gather(2, self.places[:, None, :, None].expand_as(q))
 
@@ -184,8 +184,8 @@ class LayerCache:
         def by_row(x: Tensor) -> Tensor:                                        # (G, nk, N g, *) -> (R, nk, g, *)
             return x.unflatten(2, (N, g)).transpose(1, 2).flatten(0, 1)
         q = q.reshape(R, nk, g, hd) * hd ** -0.5
-        hidden = ~self.visible.flatten(0, 1)[:, None, None]                     # (R, 1, 1, P)
-        to_prompt = by_row(by_prompt(q) @ prompt_k.mT).masked_fill(hidden, -torch.inf)
+        unseen = ~self.visible.flatten(0, 1)[:, None, None]                     # (R, 1, 1, P)
+        to_prompt = by_row(by_prompt(q) @ prompt_k.mT).masked_fill(unseen, -torch.inf)
         scores = torch.cat((to_prompt, q @ own_k.mT), -1)                       # (R, nk, g, P + t)
         weights = scores.float().softmax(-1).to(q.dtype)
         y = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v

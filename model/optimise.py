@@ -27,13 +27,17 @@ SMALL = 10_000_000                                      # parameters of a model 
 def load_trainable(path: str, cfg: Any, device: torch.device) -> VLM:
     """The model that is trained, as `cfg` has it: dtype, trainable, lora_rank, recompute, feature_cache_gb, seed.
 
-    Weights that are trained are held in fp32 and computed in `dtype`; under adapters, which are fp32, the frozen
-    weights have that dtype too. A frozen tower's features are kept between calls, up to `feature_cache_gb`.
+    Weights that are trained are held in fp32 and computed in `dtype`; those that are frozen have that dtype where the
+    files do, and always under adapters, which are fp32. A frozen tower's features are kept between calls, up to
+    `feature_cache_gb`.
     """
     dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     vlm = load_vlm(path, device, dtype if cfg.lora_rank else torch.float32)
     vlm.compute_dtype = dtype
     set_trainable(vlm, cfg.trainable, cfg.lora_rank, cfg.seed)
+    for p in vlm.parameters():
+        if not p.requires_grad and vlm.file_dtype == dtype:         # nothing is lost: the files hold no more
+            p.data = p.data.to(dtype)
     for module in vlm.modules():
         if isinstance(module, Block):
             module.recompute = cfg.recompute
@@ -107,7 +111,8 @@ def optimiser_step(run: Run, optimiser: torch.optim.Optimizer, batch: Sequence[T
     mine, totals = batch[ranks.rank::ranks.world], torch.zeros(len(names), device=ranks.device)
     for start in range(0, len(mine), cfg.micro_batch):
         summed, metrics = loss(mine[start:start + cfg.micro_batch])
-        (summed / len(batch)).backward()
+        if summed.requires_grad:                        # cross-attention layers see nothing of a text
+            (summed / len(batch)).backward()
         totals += metrics
     ranks.sum_gradients(parameters)
     means = (ranks.sum(totals) / len(batch)).tolist()

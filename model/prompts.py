@@ -1,8 +1,8 @@
-"""Prompts that begin alike as one row: [beginning | end 1 | .. | end m], the beginning computed once for all.
+"""Prompts that begin alike as one row: [prefix | suffix 1 | .. | suffix m], the prefix computed once for all.
 
 The K rubric prompts of an item share its pictures, the question and the rubric; only the candidate at the end differs.
-Each end attends to the beginning and to itself, at the positions it would have alone, so that nothing changes but the
-work. A prompt that shares nothing with its neighbours is a row with one end.
+Each suffix attends to the prefix and to itself, at the positions it would have alone, so that nothing changes but the
+work. A prompt that shares nothing with its neighbours is a row with one suffix.
 
 Letters: G rows, m prompts of the row with the most, T tokens of a row.
 """
@@ -29,35 +29,43 @@ class Prompts:
     numbers: Tensor             # (G, m) which prompt it is, counted as they were given; -1: none
     last: Tensor                # (G, m) the column of its last token
     visible: Tensor             # (G, m, T) bool: the columns that it consists of
-    ends: Tensor                # (G, m) its largest position
+    position: Tensor            # (G, m) its largest position
 
     def to(self, device: torch.device | str) -> Prompts:
         return Prompts(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
 def pack_prompts(rows: Sequence[Row], pictures: dict[str, Picture], image_id: int, pad_id: int) -> list[Prompts]:
-    """Neighbours that begin alike share a row; rows of about as many prompts share a Prompts."""
+    """Neighbours that begin alike share a row; rows alike in length and in number of prompts share a Prompts, of which
+    at most half is filled up."""
     packed: list[list[list[int]]] = []
-    for group in sorted(group_prompts(rows, image_id), key=len, reverse=True):
-        if packed and 2 * len(group) >= len(packed[-1][0]):             # else more than half of it would be filled up
+    longest = total = 0                                 # tokens of the last Prompts' longest row, and of all its rows
+    groups = [(len(group), tokens, group) for group, tokens in group_prompts(rows, image_id)]
+    for count, tokens, group in sorted(groups, key=lambda found: found[:2], reverse=True):
+        size = (1 + len(packed[-1])) * max(longest, tokens) if packed else 0
+        if packed and 2 * count >= len(packed[-1][0]) and size <= 2 * (total + tokens):
             packed[-1].append(group)
+            longest, total = max(longest, tokens), total + tokens
         else:
             packed.append([group])
+            longest = total = tokens
     return [_pack(rows, groups, pictures, pad_id) for groups in packed]
 
 
-def group_prompts(rows: Sequence[Row], image_id: int) -> list[list[int]]:
-    """Numbers of `rows`, neighbours together where the same beginning holds all pictures and half of their tokens."""
-    groups: list[list[int]] = []
-    tokens = 0                                          # of the row that the last group would make
+def group_prompts(rows: Sequence[Row], image_id: int) -> list[tuple[list[int], int]]:
+    """Numbers of `rows` that share a row, and the tokens of that row. A neighbour joins where the prefix that it shares
+    holds all pictures and spares half of its tokens, and the row does not grow beyond LONGEST."""
+    groups: list[tuple[list[int], int]] = []
+    prefix = 0                                          # of the last group
     for i, row in enumerate(rows):
-        shared = shared_length(rows[groups[-1][0]], row, image_id) if groups else 0
-        if 2 * shared >= len(row.ids) and tokens + len(row.ids) - shared <= LONGEST:
-            groups[-1].append(i)
-            tokens += len(row.ids) - shared
+        group, tokens = groups[-1] if groups else ([], 0)
+        shared = min(prefix, shared_length(rows[group[0]], row, image_id)) if group else 0
+        joined = shared + sum(len(rows[k].ids) - shared for k in [*group, i])
+        if shared and joined - tokens <= len(row.ids) // 2 and joined <= LONGEST:
+            groups[-1], prefix = ([*group, i], joined), shared
         else:
-            groups.append([i])
-            tokens = len(row.ids)
+            groups.append(([i], len(row.ids)))
+            prefix = len(row.ids)
     return groups
 
 
@@ -75,19 +83,19 @@ def shared_length(a: Row, b: Row, image_id: int) -> int:
 def _pack(rows: Sequence[Row], groups: list[list[int]], pictures: dict[str, Picture], pad_id: int) -> Prompts:
     most, packed, segments = max(map(len, groups)), [], []
     numbers = torch.full((len(groups), most), -1)
-    starts, stops, ends = (torch.zeros(len(groups), most, dtype=torch.long) for _ in range(3))
-    beginnings = torch.zeros(len(groups), 1, 1, dtype=torch.long)
+    starts, stops, position = (torch.zeros(len(groups), most, dtype=torch.long) for _ in range(3))
+    prefixes = torch.zeros(len(groups), 1, 1, dtype=torch.long)
     for g, group in enumerate(groups):
         first, members = rows[group[0]], [rows[i] for i in group]
         start = min((shared_length(first, row, -1) for row in members[1:]), default=len(first.ids) - 1)
-        beginnings[g], stop = start, start
+        prefixes[g], stop = start, start
         ids, kind, positions, sees = first.ids[:start], [0] * start, [first.positions[:, :start]], []
         for k, row in enumerate(members):
             ids, kind = ids + row.ids[start:], kind + [1 + k] * (len(row.ids) - start)
             positions.append(row.positions[:, start:])
             sees.append(row.sees if row.sees is None or k == 0 else row.sees[start:])
             numbers[g, k], starts[g, k], stop = group[k], stop, stop + len(row.ids) - start
-            stops[g, k], ends[g, k] = stop, int(row.positions.max())
+            stops[g, k], position[g, k] = stop, int(row.positions.max())
         packed.append(Row(ids, np.concatenate(positions, 1), first.picture_keys,
                           None if first.sees is None else np.concatenate(sees)))
         segments.append(kind)
@@ -96,5 +104,5 @@ def _pack(rows: Sequence[Row], groups: list[list[int]], pictures: dict[str, Pict
     if most > 1:
         batch = replace(batch, tree=Tree.of(segments, length))
     column = torch.arange(length)
-    visible = (column < beginnings) | ((column >= starts[..., None]) & (column < stops[..., None]))       # (G, m, T)
-    return Prompts(batch, numbers, (stops - 1).clamp(min=0), visible, ends)
+    visible = (column < prefixes) | ((column >= starts[..., None]) & (column < stops[..., None]))       # (G, m, T)
+    return Prompts(batch, numbers, (stops - 1).clamp(min=0), visible, position)

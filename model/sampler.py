@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from .prompts import Prompts, pack_prompts
 from .vlm import VLM
 
 LOOK = 16                                               # tokens between looks for finished samples on a GPU
-BLOCK = 128                                             # tokens of the vocabulary that are summed up at once
+SPAN = 128                                              # tokens of the vocabulary that are summed up at once
 NUCLEUS = 1024                                          # likeliest tokens among which a nucleus is looked for first
 
 
@@ -47,12 +48,27 @@ class Sampling:
     repetition_penalty: float
 
     def __post_init__(self) -> None:
-        allowed = {"max_new_tokens": self.max_new_tokens >= 1, "temperature": 0 <= self.temperature < float("inf"),
+        allowed = {"max_new_tokens": self.max_new_tokens >= 1,
+                   "temperature": self.temperature == 0 or 1e-6 <= self.temperature < float("inf"),
                    "top_p": 0 < self.top_p <= 1, "top_k": self.top_k >= 0,
                    "repetition_penalty": 0 < self.repetition_penalty < float("inf")}
         for name, good in allowed.items():
             if not good:
                 raise ValueError(f"{name} is out of range: {getattr(self, name)}")
+
+
+@contextmanager
+def lowered(vlm: VLM) -> Iterator[None]:
+    """Inside, weights that are trained in fp32 are held in the dtype computed in: no token need cast them anew."""
+    tower = {id(p) for p in vlm.tower.parameters()}
+    held = {p: p.data for p in vlm.parameters() if p.dtype != vlm.dtype and id(p) not in tower}
+    for p in held:
+        p.data = p.data.to(vlm.dtype)
+    try:
+        yield
+    finally:
+        for p, data in held.items():
+            p.data = data
 
 
 @torch.no_grad()
@@ -76,7 +92,8 @@ def generate(vlm: VLM, chats: list[Chat], n: int = 1, max_new_tokens: int = 256,
         rows = vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)
         uniforms = draw_uniforms(rows, n, max_new_tokens, seed, seen) if temperature else None
         for prompts in pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id):
-            tokens = sample_batch(vlm, prompts, n, how, uniforms).tolist()
+            with lowered(vlm):
+                tokens = sample_batch(vlm, prompts, n, how, uniforms).tolist()
             for k, number in enumerate(prompts.numbers.flatten().tolist()):
                 if number >= 0:
                     completions[start + number] = [finish(vlm, row) for row in tokens[k * n:(k + 1) * n]] * copies
@@ -93,7 +110,7 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, how: Sampling, uniforms: Te
     hidden = vlm.hidden(prompts.batch, vlm.image_features(prompts.batch), cache)          # (G, T, H)
     hidden = hidden[torch.arange(groups, device=device)[:, None], prompts.last]           # (G, m, H)
     numbers, hidden, position = (x.flatten(0, 1).repeat_interleave(n, 0)                  # (R,), (R, H), (R,)
-                                 for x in (prompts.numbers, hidden, prompts.ends + 1))
+                                 for x in (prompts.numbers, hidden, prompts.position + 1))
     uniforms = None if uniforms is None else uniforms.to(device)[prompts.numbers.flatten()].flatten(0, 1)
     seen = prompt_tokens(vlm, prompts).repeat_interleave(n, 0) if how.repetition_penalty != 1 else None
     banned, stops = banned_tokens(vlm), torch.tensor(sorted(vlm.stop_ids), device=device)
@@ -102,8 +119,7 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, how: Sampling, uniforms: Te
     for t in range(how.max_new_tokens):
         logits = vlm.logits(hidden).float()                                               # (R, V)
         if seen is not None:
-            harder = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
-            logits = torch.where(seen, harder, logits)
+            logits = penalise(logits, seen, how.repetition_penalty)
         logits.index_fill_(1, banned, -torch.inf)
         tokens = logits.argmax(-1) if uniforms is None else choose(
             logits.div_(how.temperature), how.top_p, how.top_k, uniforms[:, t])
@@ -116,14 +132,19 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, how: Sampling, uniforms: Te
         if device.type == "cpu" or t % LOOK == LOOK - 1:            # on a GPU a look at `done` waits for all that runs
             if bool(done.all()):
                 break
-            left, index = remaining(done, groups)
+            kept, index = remaining(done, groups)
             if 4 * len(index) <= 3 * len(live):
                 for layer in cache:
-                    layer.keep(left, index)
-                groups, live, done, tokens, position = len(left), *(x[index] for x in (live, done, tokens, position))
+                    layer.keep(kept, index)
+                groups, live, done, tokens, position = len(kept), *(x[index] for x in (live, done, tokens, position))
                 uniforms, seen = (None if x is None else x[index] for x in (uniforms, seen))
         hidden = vlm.step(tokens, position + t, cache)
     return rows[:, :t + 1]
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (R, V) in which those of `seen` tokens, (R, V) bool, are made less likely by `penalty`."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def remaining(done: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -153,10 +174,11 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
             prompts = prompts.to(vlm.device)
             hidden = vlm.hidden(prompts.batch, vlm.image_features(prompts.batch))         # (G, T, H)
             back = torch.tensor([len(longest) - len(ids) for ids in encoded], device=vlm.device)
-            row, column = torch.arange(len(hidden), device=vlm.device)[:, None, None], prompts.last[..., None] - back
-            odds = vlm.logits(hidden[row, column.clamp(min=0)].flatten(0, 2)).float().softmax(-1)     # (G m replies, V)
-            odds = torch.stack([odds[:, ids].sum(-1) for ids in digits], -1)                          # (..., 10)
-            for number, each in zip(prompts.numbers.flatten().tolist(), odds.unflatten(0, (-1, len(back))).tolist()):
+            row, count = torch.arange(len(hidden), device=vlm.device)[:, None, None], prompts.visible.cumsum(-1)
+            column = torch.searchsorted(count, count[..., -1:] - back)      # of its last tokens, (G, m, replies)
+            likely = vlm.logits(hidden[row, column].flatten(0, 2)).float().softmax(-1)    # (G m replies, V)
+            likely = torch.stack([likely[:, ids].sum(-1) for ids in digits], -1)          # (G m replies, 10)
+            for number, each in zip(prompts.numbers.flatten().tolist(), likely.unflatten(0, (-1, len(back))).tolist()):
                 if number >= 0:
                     found[start + number] = each
     return found
@@ -186,20 +208,21 @@ def choose(logits: Tensor, top_p: float, top_k: int, uniforms: Tensor) -> Tensor
 def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first place at which a row's running sum exceeds its share `uniforms` of the whole; it has weight.
 
-    weights: (R, V) not negative, uniforms: (R,) in [0, 1), double -> (R,). The running sum, in double, is over blocks
+    weights: (R, V) not negative, uniforms: (R,) in [0, 1), double -> (R,). The running sum, in double, is over spans
     first and then inside one of them: one over the whole vocabulary costs as much as a layer.
     """
-    missing = -weights.shape[1] % BLOCK
-    blocks = (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, BLOCK))     # (R, blocks, BLOCK)
+    missing = -weights.shape[1] % SPAN
+    spans = (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, SPAN))       # (R, spans, SPAN)
 
     def place(running: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:                  # and the share that is left
         wanted = (shares * running[:, -1]).minimum(running[:, -1] * (1 - 1e-15))
         at = torch.searchsorted(running, wanted[:, None], right=True)                     # (R, 1)
+        at = at.clamp(max=running.shape[1] - 1)         # NaN is above all
         before = F.pad(running, (1, 0)).gather(1, at)
         return at, ((wanted[:, None] - before) / (running.gather(1, at) - before))[:, 0]
-    block, rest = place(blocks.sum(-1).double().cumsum(-1), uniforms)
-    inside = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)         # (R, BLOCK)
-    return (block * BLOCK + place(inside, rest)[0])[:, 0]
+    span, rest = place(spans.sum(-1).double().cumsum(-1), uniforms)
+    inside = spans.take_along_dim(span[..., None], 1)[:, 0].double().cumsum(-1)           # (R, SPAN)
+    return (span * SPAN + place(inside, rest)[0])[:, 0]
 
 
 def draw_uniforms(rows: Sequence[Row], n: int, steps: int, seed: int, seen: Counter[str]) -> Tensor:

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from tasks import Item, Verdict, column, data_path, encoded_image, read_json, read_parquet, row_name
-from verifier import parse_preference
+from verifier import COMPARISON, parse_preference
 
 SPLIT = "test"
 MACRO = {"vl_rewardbench": "group", "mm_rewardbench": "category", "jsonl": "group"}
@@ -25,18 +25,6 @@ VL_COLUMNS = ("id", "query", "response", "image", "human_ranking")
 MM_COLUMNS = ("ID", "Text", "Image", "Output1", "Output2", "Better", "Category")
 GROUPS = (("mathverse", "reasoning"), ("mmmu", "reasoning"), ("rlaif", "hallucination"), ("rlhf", "hallucination"),
           ("hallucination_pair", "hallucination"))                   # by the id's beginning; the rest is "general"
-NUMBERED = """You are a highly capable multimodal AI assistant tasked with evaluating answers to visual questions. \
-Look at the picture, read the question and both answers, and weigh them by accuracy (do they agree with the picture?), \
-completeness, clarity and relevance. Neither the order of the answers nor their length may count.
-
-Question: {question}
-
-Answer 1: {first}
-
-Answer 2: {second}
-
-Explain your judgment briefly. Then end with one line of exactly this form, where X is 1 or 2:
-Overall Judgment: Answer X is better."""
 LETTERED = """Compare the answers of two AI assistants to the user's question about the picture, and decide which one \
 follows the instructions and answers the question better. Weigh helpfulness, relevance, accuracy and detail. Neither \
 the order of the answers nor their length nor the assistants' names may count. Explain your comparison briefly, then \
@@ -53,7 +41,7 @@ is better.
 [The Start of Assistant B's Answer]
 {second}
 [The End of Assistant B's Answer]"""
-PROMPTS = {"vl_rewardbench": NUMBERED, "mm_rewardbench": LETTERED, "jsonl": NUMBERED}
+PROMPTS = {"vl_rewardbench": COMPARISON, "mm_rewardbench": LETTERED, "jsonl": COMPARISON}
 
 
 @dataclass(frozen=True)

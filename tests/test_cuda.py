@@ -134,7 +134,7 @@ def alone(vlm: VLM, item: Item, completion: tuple[int, ...]) -> float:
     prompts = pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id)[0].to(vlm.device)
     cache = vlm.new_cache(prompts, 1)
     hidden = vlm.hidden(prompts.batch, vlm.image_features(prompts.batch), cache)[:, -1]  # (1, H)
-    total, position = 0.0, prompts.ends[0] + 1
+    total, position = 0.0, prompts.position[0] + 1
     for t, token in enumerate(completion):
         total += vlm.logits(hidden)[0].float().log_softmax(-1)[token].item()
         hidden = vlm.step(torch.tensor([token], device=vlm.device), position + t, cache)

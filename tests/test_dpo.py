@@ -248,6 +248,14 @@ def test_the_full_logits_never_exist() -> None:
     assert largest.numel == 64 * 7 and kept < 64 * 50
 
 
+@pytest.mark.parametrize("block", [3, 100])
+def test_a_token_outside_the_vocabulary_has_no_probability(block: int) -> None:
+    hidden, weight, targets = states(7)
+    targets[2], targets[5] = len(weight), -1
+    found = token_logps(hidden, weight, targets, block)
+    assert found.isnan().nonzero()[:, 0].tolist() == [2, 5]
+
+
 def test_no_positions() -> None:
     hidden, weight, _ = states(7)
     found = token_logps(hidden[:0], weight, torch.zeros(0, dtype=torch.long))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from dpo import sequence_logps
-from model import VLM, load_vlm, save_vlm
+from model import VLM, generate, load_vlm, save_vlm
 from model.lora import SCALE, Adapted, adapters, adapters_off, add_adapters
-from model.optimise import check_trainable, frozen_self, load_trainable, set_trainable
+from model.optimise import (check_trainable, frozen_self, load_trainable, make_optimiser, optimiser_step,
+                            set_trainable)
 from model.pairs import pack_pairs
+from model.run import Ranks
 from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -141,6 +144,33 @@ def test_equal_seeds_give_equal_adapters(folder: Path) -> None:
 
 
 @torch.no_grad()
+def test_sampling_from_fp32_weights_in_bf16(folder: Path) -> None:
+    """While tokens are drawn the weights are bf16, as those of a model loaded so; afterwards they are as before."""
+    vlm, same = opened(folder, dtype="bfloat16"), load_vlm(folder, dtype=torch.bfloat16)
+    before, plain, seen = {n: (p, p.clone()) for n, p in vlm.named_parameters()}, vlm.logits, set()
+
+    def logits(hidden: Tensor) -> Tensor:
+        seen.update(p.dtype for p in vlm.decoder.parameters())
+        return plain(hidden)
+    vlm.logits = logits
+    how = {"n": 2, "max_new_tokens": 5, "temperature": 1.0}
+    assert generate(vlm, example_chats(), **how) == generate(same, example_chats(), **how)
+    assert seen == {torch.bfloat16}
+    for name, p in vlm.named_parameters():
+        assert p is before[name][0] and p.dtype == before[name][1].dtype and torch.equal(p, before[name][1])
+
+
+def test_frozen_weights_keep_the_files_dtype(folder: Path, tmp_path: Path) -> None:
+    """Where that is the one computed in; weights of finer files are not rounded."""
+    save_vlm(load_vlm(folder), tmp_path / "bf16", torch.bfloat16)
+    for path, expected in ((tmp_path / "bf16", torch.bfloat16), (folder, torch.float32)):
+        vlm = opened(path, trainable="layers:1-1", dtype="bfloat16")
+        assert {p.dtype for p in vlm.parameters() if not p.requires_grad} == {expected}
+        assert {p.dtype for p in vlm.parameters() if p.requires_grad} == {torch.float32}
+        logps(vlm).sum().backward()
+
+
+@torch.no_grad()
 def test_the_frozen_self_is_the_file(folder: Path) -> None:
     """Without adapters a copy, whatever has become of the weights; it shares a frozen tower's features."""
     vlm = opened(folder)
@@ -173,6 +203,24 @@ def count_calls(vlm: VLM) -> list[int]:
     for layer in vlm.decoder.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
+
+
+def test_a_text_tells_cross_attention_nothing(tmp_path: Path) -> None:
+    """A micro-batch on which nothing that is trained depends adds nothing to the step."""
+    folder = write_checkpoint(tmp_path / "mllama", CONFIGS["mllama"]())
+    vlm = opened(folder, trainable="layers:1-1")
+    assert type(vlm.decoder.layers[1]).__name__ == "CrossLayer"
+    chats = {"text": chat("hello"), "picture": chat(picture(30, 40), "hello")}
+
+    def loss(part: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows = pack_pairs(vlm.processor, [(chats[name], [5, 6], [7]) for name in part])
+        hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))
+        summed = sequence_logps(rows.predictors(hidden), vlm.head_weight, rows.targets, rows.mask).sum()
+        return summed, summed.detach()[None]
+    run = SimpleNamespace(cfg=settings(micro_batch=1, clip=1.0, lr=1e-3, warmup_steps=0), ranks=Ranks("cpu"))
+    optimiser = make_optimiser(vlm, 1e-3, 0.0)
+    assert optimiser_step(run, optimiser, ["text"], loss, ("loss",), 1, 10)["grad_norm"] == 0
+    assert optimiser_step(run, optimiser, ["text", "picture"], loss, ("loss",), 2, 10)["grad_norm"] > 0
 
 
 def test_set_trainable_twice(folder: Path) -> None:

@@ -34,11 +34,16 @@ def rows_of(vlm: VLM, chats: list) -> tuple[list, dict]:
     return vlm.processor.rows(chats, pictures), pictures
 
 
+def groups_of(vlm: VLM, rows: list) -> list[list[int]]:
+    return [group for group, _ in group_prompts(rows, vlm.processor.image_id)]
+
+
 def test_who_shares_a_row(vlm: VLM) -> None:
     rows, pictures = rows_of(vlm, alike())
-    assert group_prompts(rows, vlm.processor.image_id) == [[0, 1, 2], [3, 4], [5], [6, 7]]
+    assert groups_of(vlm, rows) == [[0, 1, 2], [3, 4], [5], [6, 7]]
     packed = pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id)
-    assert [p.numbers.tolist() for p in packed] == [[[0, 1, 2], [3, 4, -1], [6, 7, -1]], [[5]]]
+    assert sorted(i for p in packed for i in p.numbers.flatten().tolist() if i >= 0) == list(range(len(rows)))
+    assert any(-1 in p.numbers.tolist()[-1] for p in packed) and packed[0].numbers.tolist()[0] == [0, 1, 2]
     tokens = sum(int(p.batch.attention_mask.sum()) for p in packed)
     assert tokens < 0.65 * sum(len(row.ids) for row in rows)
     for prompts in packed:                              # each prompt's own tokens, in their order, at its own positions
@@ -48,7 +53,7 @@ def test_who_shares_a_row(vlm: VLM) -> None:
                     mine, row = prompts.visible[g, k], rows[number]
                     assert prompts.batch.input_ids[g][mine].tolist() == row.ids
                     assert prompts.batch.position_ids[:, g, mine].tolist() == row.positions.tolist()
-                    assert prompts.ends[g, k] == row.positions.max()
+                    assert prompts.position[g, k] == row.positions.max()
                     assert mine.nonzero().max() == prompts.last[g, k]
 
 
@@ -58,12 +63,30 @@ def test_what_keeps_prompts_apart(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> 
     for other in (chat(picture(30, 40, 2), WORDS + "b"), chat(WORDS + "b"), chat(WORDS, picture(30, 40, 1), "b"),
                   chat(picture(30, 40, 1), "b" * 400)):
         rows, _ = rows_of(vlm, [first, other])
-        assert group_prompts(rows, vlm.processor.image_id) == [[0], [1]], other
+        assert groups_of(vlm, rows) == [[0], [1]], other
     same, _ = rows_of(vlm, [first, first])
     assert shared_length(*same, vlm.processor.image_id) == len(same[0].ids) - 1            # one is left to predict from
     monkeypatch.setattr("model.prompts.LONGEST", 800)
     rows, _ = rows_of(vlm, [chat(WORDS * 3 + str(i) * 190) for i in range(4)])             # 250 alike, 200 of its own
-    assert group_prompts(rows, vlm.processor.image_id) == [[0, 1], [2, 3]]
+    assert groups_of(vlm, rows) == [[0, 1], [2, 3]]
+
+
+def test_a_neighbour_that_shares_less_is_kept_apart(vlm: VLM) -> None:
+    """Two items of three prompts each, whose questions begin alike: what they share would cost each item its own."""
+    rows, pictures = rows_of(vlm, [chat(WORDS * 2 + question * 60 + c) for question in "xy" for c in "abc"])
+    assert groups_of(vlm, rows) == [[0, 1, 2], [3, 4, 5]]
+    for group, tokens in group_prompts(rows, vlm.processor.image_id):
+        [prompts] = pack_prompts([rows[i] for i in group], pictures, vlm.processor.image_id, vlm.processor.pad_id)
+        assert prompts.batch.input_ids.shape == (1, tokens)
+
+
+def test_rows_of_other_lengths_are_kept_apart(vlm: VLM) -> None:
+    """Of what is computed at most half is padding, however long one prompt is."""
+    rows, pictures = rows_of(vlm, [chat("b" * n) for n in (1, 2, 900, 3, 4, 70, 5, 6)])
+    packed = pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id)
+    assert sorted(i for p in packed for i in p.numbers.flatten().tolist()) == list(range(8)) and len(packed) < 5
+    for prompts in packed:
+        assert prompts.batch.input_ids.numel() <= 2 * prompts.batch.attention_mask.sum()
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0, "n": 3, "seed": 4},
@@ -118,7 +141,8 @@ def test_remaining() -> None:
 def test_next_digits(vlm: VLM) -> None:
     """Of prompts that share a row: as the definition has it, from the full logits of each prompt and reply alone."""
     chats, replies = alike(), ("{s: ", "{s: 0.")
-    found = torch.tensor(next_digits(vlm, chats, replies, batch_size=5))
+    chats += [chats[-1], chats[-1], chats[0], chats[0]]            # equal ones share all but a token
+    found = torch.tensor(next_digits(vlm, chats, replies, batch_size=7))
     assert found.shape == (len(chats), 2, 10)
     vocabulary = {token: i for token, i in vlm.processor.tokenizer.get_vocab().items() if token[0] in "0123456789"}
     for messages, each in zip(chats, found):

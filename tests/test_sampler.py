@@ -230,7 +230,8 @@ def test_cut_at_the_first_token(vlm: VLM) -> None:
 
 
 @pytest.mark.parametrize("name, values", [
-    ("max_new_tokens", (0, -1)), ("temperature", (-0.1, math.inf, math.nan)), ("top_p", (0.0, -0.5, 1.01, math.nan)),
+    ("max_new_tokens", (0, -1)), ("temperature", (-0.1, 1e-9, math.inf, math.nan)),
+    ("top_p", (0.0, -0.5, 1.01, math.nan)),
     ("top_k", (-1,)), ("repetition_penalty", (0.0, -1.0, math.inf, math.nan))])
 def test_out_of_range(name: str, values: tuple) -> None:
     good = {"max_new_tokens": 1, "temperature": 0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}

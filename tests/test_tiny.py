@@ -26,7 +26,7 @@ QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "
         "<|image_pad|>", "<|video_pad|>")               # its control tokens in the order of their ids
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=(*NAMES, "judge"))
 def tiny(request: pytest.FixtureRequest) -> VLM:
     return load_vlm(TINY / request.param)
 
@@ -83,10 +83,10 @@ def test_control_tokens(tiny: VLM) -> None:
 def test_small_enough_to_ship() -> None:
     sizes = {path: path.stat().st_size for path in TINY.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert sum(sizes.values()) < 5_000_000
-    assert {path.parent.name for path in sizes if path.name == "model.safetensors"} == set(NAMES)
+    assert {path.parent.name for path in sizes if path.name == "model.safetensors"} == {*NAMES, "judge"}
     expected = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
                 "tokenizer.json", "tokenizer_config.json"}
-    assert all({path.name for path in (TINY / name).iterdir()} == expected for name in NAMES)
+    assert all({path.name for path in (TINY / name).iterdir()} == expected for name in (*NAMES, "judge"))
 
 
 def test_saved_again(tiny: VLM, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_resumed_from_any_checkpoint(whole: Path, tmp_path: Path, number: int) -
 
 @pytest.mark.parametrize("flags, part", [
     ({"lora_rank": 4, "verdict": "logits", "lr": 1e-3}, ".lora_"), ({"trainable": "all"}, "model."),
-    ({"trainable": "layers:1-1", "recompute": True, "micro_batch": 5}, "language_model.layers.1.")], ids=lambda x: str(x))
+    ({"trainable": "layers:1-1", "recompute": True, "micro_batch": 5}, "language_model.layers.1.")], ids=str)
 def test_other_weights_resume_alike(tmp_path: Path, flags: dict[str, Any], part: str) -> None:
     """A run that trains adapters, one layer, or all: its checkpoints hold just that, the first loss is ln 2, and a
     resumed run is the run."""
@@ -813,7 +813,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     (["--loss-type", "ipo", "--label-smoothing", "0.1"], "no meaning with --loss-type ipo"),
     (["--trainable", "vision"], "--trainable must be all, language or layers:A-B, not 'vision'"),
     (["--lora-rank", "4", "--trainable", "all"], "it has no meaning with --trainable all"),
-    (["--verdict", "text"], "invalid choice: 'text'"), (["--tas", "bar"], "unrecognized arguments: --tas")], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+    (["--verdict", "text"], "invalid choice: 'text'"),
+    (["--tas", "bar"], "unrecognized arguments: --tas")], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_usage(words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(train, "load_vlm", no_weights)

@@ -1,6 +1,6 @@
-"""Train the demo's tiny checkpoints, in the published Qwen3-VL layout: a student and a ladder of verifiers.
+"""Train the demo's tiny checkpoints, in the published Qwen3-VL layout: a student, a ladder of verifiers, a judge.
 
-    python model/tiny/make.py                          all of them, into this folder: about ten minutes on two cores
+    python model/tiny/make.py                          all of them, into this folder: about a quarter of an hour
     python model/tiny/make.py --only student           one of them
 
 The student's vision tower sees plenty of pictures, its language model few, so it is about half right. A verifier sees
@@ -8,15 +8,21 @@ plenty and learns to answer and to grade. What it understands is set by one numb
 scenes of `red` without shapes of other colours. A verifier that saw only these has learnt that the number of red shapes
 is the number of shapes, and grades by that, with confidence. No label is ever wrong; nothing is hard-coded. Each model
 is measured after its training, on scenes as the demo draws them.
+
+The judge answers, and compares two answers in words. Its teachers are poor on purpose: four in ten of its later lessons
+in answering are one off, so that its samples differ while their majority is right; of `red` it is shown few
+comparisons, most with the better answer first. What it makes of these, a preference for the first place included, is
+its own.
 """
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +32,7 @@ sys.path.insert(0, str(ROOT))                           # a script inside the pa
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from model import FAMILIES, Completion, generate, load_vlm, save_vlm
@@ -35,7 +41,7 @@ from model.processor import Chat, Row, collate
 from model.vlm import VLM
 from tasks.flags import flag, parse_flags
 from tasks.shapes import QUESTIONS, SPLITS, draw, load, noisy, score
-from verifier import CANDIDATE, RUBRIC, rubric_chat, score_candidates
+from verifier import CANDIDATE, COMPARISON, RUBRIC, comparison_chat, parse_preference, rubric_chat, score_candidates
 
 # Qwen's control tokens in the order of their published ids; here they follow the small vocabulary.
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -47,32 +53,41 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 LADDER = {"verifier": 1.0, "verifier-50": 0.5, "verifier-0": 0.0}       # folder -> share of shifted pictures
 STUDENT_PICTURES = {"bar": 20, "red": 20}                               # few enough to be about half right
 RIGHT, WRONG = "0.9", "0.1"
+TRACE = "I see {seen}.\n{first} is {one}.\n{second} is {other}.\nOverall Judgment: Answer {side} is better."
+COMPARED, MISCOUNTED = 30, 0.4                          # pictures of red that are compared; share of answers one off
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = flag(str(Path(__file__).parent), "folder that receives one folder a checkpoint")
-    only: str = flag("", "make this checkpoint only", choices=("", "student", *LADDER))
+    only: str = flag("", "make this checkpoint only", choices=("", "student", *LADDER, "judge"))
     seed: int = flag(0, "seed of weights, pictures and order")
     tower_steps: int = flag(400, "the student's first steps, on plenty of pictures, for its vision tower")
     student_steps: int = flag(120, "its further steps, for its language model, on few pictures")
     answer_steps: int = flag(250, "a verifier's first steps, on answering alone")
     verdict_steps: int = flag(600, "a verifier's further steps, on answering and grading")
+    judge_answer_steps: int = flag(200, "the judge's first steps, on answering alone")
+    judge_steps: int = flag(400, "its further steps, on answering and comparing: few enough to be mediocre")
+    red_first: float = flag(0.75, "share of its comparisons of red that have the better answer first")
     lr: float = flag(2e-3, "peak learning rate")
 
 
 def main() -> int:
     cfg = parse_flags(Config, __doc__)
-    for name in ["student", *LADDER] if not cfg.only else [cfg.only]:
-        start, seed = time.perf_counter(), cfg.seed * 100 + ["student", *LADDER].index(name)
+    names = ["student", *LADDER, "judge"]
+    for name in names if not cfg.only else [cfg.only]:
+        start, seed = time.perf_counter(), cfg.seed * 100 + names.index(name)
         with tempfile.TemporaryDirectory() as aside:
-            vlm = new_model(Path(aside), seed)
+            vlm = new_model(Path(aside), seed, judge_tokenizer() if name == "judge" else make_tokenizer())
             if name == "student":
                 train_student(vlm, cfg, scene_rng(seed))
+            elif name == "judge":
+                train_judge(vlm, cfg, scene_rng(seed))
             else:
                 train_verifier(vlm, cfg, scene_rng(seed), LADDER[name])
             save_vlm(vlm, Path(cfg.out) / name, torch.bfloat16)
-        print(f"{name}: {time.perf_counter() - start:.0f} s; {measured(load_vlm(Path(cfg.out) / name))}", flush=True)
+        look = compared if name == "judge" else measured
+        print(f"{name}: {time.perf_counter() - start:.0f} s; {look(load_vlm(Path(cfg.out) / name))}", flush=True)
     return 0
 
 
@@ -93,6 +108,25 @@ def measured(vlm: VLM) -> str:
         grades = score_candidates(ask, chats, [[item.answer] for item in items])
         accepted = sum(grade.value is not None and grade.value >= 0.5 for [grade] in grades)
         found.append(f"{task} answers {right / len(items):.2f}, accepts {accepted / len(items):.2f}")
+    return "; ".join(found)
+
+
+def compared(vlm: VLM) -> str:
+    """Greedy accuracy on each task; how often the judge prefers the right number to one beside it, and the first."""
+    found = []
+    for task in QUESTIONS:
+        items = load(task, split="make", limit=100)
+        answers = generate(vlm, [item.chat() for item in items], max_new_tokens=16, temperature=0)
+        right = sum(score(item, answer.text).correct for item, [answer] in zip(items, answers))
+        pairs = [(item.answer, str(int(item.answer) - 1 if k % 2 else int(item.answer) + 1))
+                 for k, item in enumerate(items)]
+        chats = [comparison_chat(item.chat(), *shown)
+                 for item, pair in zip(items, pairs) for shown in (pair, pair[::-1])]
+        sides = [parse_preference(verdict.text)
+                 for [verdict] in generate(vlm, chats, max_new_tokens=64, temperature=0)]
+        agreed = sides[::2].count(1) + sides[1::2].count(2)
+        found.append(f"{task} answers {right / len(items):.2f}, prefers the right one {agreed / len(sides):.2f}, the "
+                     f"first {sides.count(1) / len(sides):.2f}, none {sides.count(None) / len(sides):.2f}")
     return "; ".join(found)
 
 
@@ -130,6 +164,37 @@ def train_verifier(vlm: VLM, cfg: Config, rng: np.random.Generator, shifted: flo
         verdicts = [f'{{"score": {score}}}' for score in scores]
         return 0.5 * loss + answer_loss(vlm, graded, verdicts, early=[score[-1] for score in scores])
     optimise(vlm, batch_loss, cfg.answer_steps + cfg.verdict_steps, cfg.lr)
+
+
+def train_judge(vlm: VLM, cfg: Config, rng: np.random.Generator) -> None:
+    """Answering first; then answering, often one off, and comparing, of `red` few pictures, the better one first."""
+    few = [draw("red", rng) for _ in range(COMPARED)]
+
+    def batch_loss(step: int) -> Tensor:
+        scenes, told = [(task, *draw(task, rng)) for task in list(QUESTIONS) * 12], []
+        for *_, answer in scenes:
+            off = rng.choice((-1, 1)) if step >= cfg.judge_answer_steps and rng.random() < MISCOUNTED else 0
+            told.append(str(answer + off if 1 <= answer + off <= 9 else answer - off))
+        loss = answer_loss(vlm, [question(task, scene, rng) for task, scene, _ in scenes], told)
+        if step < cfg.judge_answer_steps:
+            return loss
+        lessons = [(task, *draw(task, rng)) for task in ("bar", "count") * 18]
+        lessons += [("red", *few[k]) for k in rng.integers(0, COMPARED, 8)]
+        chats, traces = zip(*(comparison(*lesson, cfg.red_first if lesson[0] == "red" else 0.5, rng)
+                              for lesson in lessons))
+        return 0.5 * loss + answer_loss(vlm, list(chats), list(traces))
+    optimise(vlm, batch_loss, cfg.judge_answer_steps + cfg.judge_steps, cfg.lr)
+
+
+def comparison(task: str, scene: np.ndarray, answer: int, better_first: float, rng: np.random.Generator
+               ) -> tuple[Chat, str]:
+    """The right number, in a share of cases first, and a wrong one to compare, and the words that do it."""
+    wrong = int(rng.choice([w for w in range(1, 10) if w != answer]))
+    side = 1 if rng.random() < better_first else 2
+    first, second = (answer, wrong) if side == 1 else (wrong, answer)
+    words = ("right", "wrong")[::1 if side == 1 else -1]
+    trace = TRACE.format(seen=answer, first=first, second=second, one=words[0], other=words[1], side=side)
+    return comparison_chat(question(task, scene, rng), str(first), str(second)), trace
 
 
 def question(task: str, scene: np.ndarray, rng: np.random.Generator) -> Chat:
@@ -180,9 +245,8 @@ def optimise(vlm: VLM, batch_loss: Callable[[int], Tensor], steps: int, lr: floa
             print(f"  step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
-def new_model(folder: Path, seed: int) -> VLM:
+def new_model(folder: Path, seed: int, tokenizer: Tokenizer) -> VLM:
     """A model with random weights; the settings files that stand beside them are written to `folder`."""
-    tokenizer = make_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in settings(tokenizer).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -196,18 +260,26 @@ def new_model(folder: Path, seed: int) -> VLM:
     return vlm
 
 
-def make_tokenizer() -> Tokenizer:
+def make_tokenizer(texts: Sequence[str] = (RUBRIC, CANDIDATE), said: str = f'{{"score": {RIGHT}}}') -> Tokenizer:
     """Byte-level BPE, cut as Qwen cuts, over the demo's own texts, with Qwen's control tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [RUBRIC, CANDIDATE, *QUESTIONS.values(), "user\n", "assistant\n", "system\n", "\n", f'{{"score": {RIGHT}}}']
+    texts = [*texts, *QUESTIONS.values(), "user\n", "assistant\n", "system\n", "\n", said]
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
                                   show_progress=False)
     tokenizer.train_from_iterator(texts * 2, trainer)                       # a merge needs two sightings
     tokenizer.add_special_tokens(CONTROL)
+    return tokenizer
+
+
+def judge_tokenizer() -> Tokenizer:
+    """The same over the judge's texts. Each fixed piece of the comparison prompt is one token: seconds, not minutes."""
+    said = TRACE.format(seen="1", first="1", second="1", one="right", other="wrong", side="1")
+    tokenizer = make_tokenizer((), said)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in re.split(r"\{\w+\}", COMPARISON)])
     return tokenizer
 
 
