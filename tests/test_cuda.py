@@ -20,12 +20,13 @@ from torch import Tensor
 
 import train
 from eval import load_task, score
-from model import VLM, generate, load_vlm, save_vlm
+from model import VLM, generate, load_vlm, next_digits, save_vlm
 from model.prompts import pack_prompts
 from model.run import Ranks, Run
 from replay import Pair
 from tasks import Item
 from train import Config, State
+from verifier import REPLIES, VERDICTS
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 TINY = Path(__file__).resolve().parents[1] / "model" / "tiny"
@@ -108,7 +109,51 @@ def test_samples(fast: VLM, items: list[Item], chats: list) -> None:
     assert rows != generate(fast, chats, seed=2, **how)
     assert any(len({c.text for c in row}) > 1 for row in rows)
     share = sum(score(item, c.text).correct for item, row in zip(items, rows) for c in row) / (4 * len(items))
-    assert 0.1 < share < 0.9 and all(c.finish_reason == "stop" for row in rows for c in row)
+    assert 0.1 < share < 0.9
+    assert sum(c.finish_reason == "stop" for row in rows for c in row) >= 0.98 * 4 * len(items)     # few babble on
+
+
+def test_scoring_prompts_that_begin_alike(items: list[Item], chats: list) -> None:
+    """Five candidates an item in one row, decoded and by their digits' probabilities, nearly as on the CPU in fp32."""
+    texts = [[str(n) for n in (1, 3, 5, 7, 9)]] * 24
+    found = []
+    for device, dtype in ((DEVICE, torch.bfloat16), ("cpu", torch.float32)):
+        verifier = load_vlm(TINY / "verifier", device, dtype)
+        ask = {"json": lambda asked: [c for [c] in generate(verifier, asked, max_new_tokens=16, temperature=0)],
+               "logits": lambda asked: next_digits(verifier, asked, REPLIES)}
+        found.append([[s.value for row in VERDICTS[kind](ask[kind], chats[:24], texts) for s in row] for kind in ask])
+    for ours, theirs in zip(*found):
+        assert sum(a is not None and abs(a - b) < 0.1 for a, b in zip(ours, theirs)) >= 0.9 * len(theirs)
+
+
+def test_finished_samples_are_dropped(fast: VLM, chats: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at every few tokens; what is left goes on as if nothing had been dropped."""
+    plain, sizes = fast.logits, []
+
+    def logits(hidden: Tensor) -> Tensor:                               # the stop token comes seldom, and in its turn
+        sizes.append(len(hidden))
+        out = plain(hidden)
+        out[:, max(fast.stop_ids)] = out.amax(1) - 2.0
+        return out
+    monkeypatch.setattr(fast, "logits", logits, raising=False)
+    monkeypatch.setattr("model.sampler.LOOK", 4)
+    rows = generate(fast, chats[:8], n=4, max_new_tokens=40, temperature=1.0)
+    assert sizes[0] == 32 and min(sizes) < 24 and len({len(c.token_ids) for row in rows for c in row}) > 4
+    assert all(not set(c.token_ids[:-1]) & fast.stop_ids for row in rows for c in row)
+
+
+@pytest.mark.parametrize("flags", [{"lora_rank": 4}, {"trainable": "layers:1-1", "recompute": True}])
+def test_other_weights_are_trained(tmp_path: Path, items: list[Item], flags: dict[str, Any]) -> None:
+    """Adapters over bf16 weights; one layer, its activations computed again. The loss starts at ln 2 and falls."""
+    run, student, _ = parts(tmp_path, lr=1e-3, warmup_steps=1, **flags)
+    by_id, state = {item.id: item for item in items}, State()
+    pairs = train.with_reference_logps(run, student, pairs_of(items[:32], student), by_id)
+    optimiser = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay)
+    log = [train.train_step(run, student, optimiser, pairs, by_id, state) for _ in range(10)]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=5e-3) and log[-1]["loss"] < log[0]["loss"] - 0.02
+    assert {p.dtype for p in student.parameters() if not p.requires_grad} == {torch.bfloat16}
+    generate(student, [items[0].chat()], max_new_tokens=4)              # its fp32 weights lowered, and back
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
 
 
 @torch.no_grad()
