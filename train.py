@@ -32,7 +32,7 @@ from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
 from model.optimise import DTYPES, check_trainable, frozen_self, load_trainable, make_optimiser, optimiser_step
 from model.pairs import PairRows, pack_pairs
 from model.processor import Chat
-from model.run import Interrupted, NonFinite, Ranks, Run, folder_digest
+from model.run import Interrupted, Ranks, Run, exit_status, folder_digest
 from model.survey import draw_items, right_way
 from model.vlm import FeatureCache
 from replay import Pair, ReplayBuffer, form_pairs, select_pair
@@ -420,21 +420,14 @@ def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: Re
 
 
 def cli() -> int:
-    """Parse the flags, run, and turn what can go wrong into one sentence and an exit status."""
+    """Parse the flags and run; returns the exit status."""
     cfg = parse_flags(Config, __doc__)
-    try:
-        with Ranks(cfg.device) as ranks:
-            if cfg.task is None:
-                return demo.run(main, cfg, ranks)
-            return main(cfg if cfg.out else replace(cfg, out=f"runs/{cfg.task}"), ranks)
-    except Interrupted:
-        message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
-    except FileExistsError as error:
-        message, status = str(error), 2
-    except (ValueError, OSError, ModuleNotFoundError, NonFinite) as error:
-        message, status = str(error), 1
-    print(f"train.py: {message}", file=sys.stderr)
-    return status
+
+    def work(ranks: Ranks) -> int:
+        if cfg.task is None:
+            return demo.run(main, cfg, ranks)
+        return main(cfg if cfg.out else replace(cfg, out=f"runs/{cfg.task}"), ranks)
+    return exit_status("train.py", work, cfg.device)
 
 
 if __name__ == "__main__":

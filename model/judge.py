@@ -39,7 +39,7 @@ from verifier import (KINDS, Judgment, SyntheticPair, alter_chat, altered_pair, 
 from . import Completion, generate, save_vlm
 from .optimise import DTYPES, check_trainable, load_trainable, make_optimiser, optimiser_step
 from .processor import Chat, Picture, collate
-from .run import Interrupted, NonFinite, Ranks, Run, folder_digest
+from .run import Interrupted, Ranks, Run, exit_status, folder_digest
 from .vlm import VLM
 
 DEMO = ("bar", "red")
@@ -403,21 +403,14 @@ def restore(run: Run, vlm: VLM) -> tuple[State, torch.optim.Optimizer]:
 
 
 def cli(description: str | None) -> int:
-    """Parse the flags, run, and turn what can go wrong into one sentence and an exit status."""
+    """Parse the flags and run; returns the exit status."""
     cfg = parse_flags(Config, description)
-    try:
-        with Ranks(cfg.device) as ranks:
-            if cfg.task is None and cfg.out is None:
-                cfg = replace(cfg, out="runs/demo/judge")
-                if ranks.first:
-                    shutil.rmtree(cfg.out, ignore_errors=True)
-                ranks.barrier()
-            return main(cfg if cfg.out else replace(cfg, out=f"runs/judge-{cfg.task}"), ranks)
-    except Interrupted:
-        message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
-    except FileExistsError as error:
-        message, status = str(error), 2
-    except (ValueError, OSError, ModuleNotFoundError, NonFinite) as error:
-        message, status = str(error), 1
-    print(f"verifier.py: {message}", file=sys.stderr)
-    return status
+
+    def work(ranks: Ranks) -> int:
+        if cfg.task is None and cfg.out is None:
+            if ranks.first:
+                shutil.rmtree("runs/demo/judge", ignore_errors=True)
+            ranks.barrier()
+        folder = f"runs/judge-{cfg.task}" if cfg.task else "runs/demo/judge"
+        return main(replace(cfg, out=cfg.out or folder), ranks)
+    return exit_status("verifier.py", work, cfg.device)

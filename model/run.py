@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -123,6 +124,21 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def exit_status(program: str, work: Callable[[Ranks], int], device: str | None) -> int:
+    """work(ranks)'s exit status; what can go wrong becomes one sentence and 2 (usage) or 1 (anything else)."""
+    try:
+        with Ranks(device) as ranks:
+            return work(ranks)
+    except Interrupted:
+        message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
+    except FileExistsError as error:
+        message, status = str(error), 2
+    except (ValueError, OSError, ModuleNotFoundError, NonFinite) as error:
+        message, status = str(error), 1
+    print(f"{program}: {message}", file=sys.stderr)
+    return status
 
 
 class Run:
