@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
