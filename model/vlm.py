@@ -23,7 +23,8 @@ from .processor import Picture, QwenProcessor
 from .prompts import Prompts
 
 
-FEW, LARGE, BLOCKS = 64, 1 << 16, 128                   # a CPU multiplies few rows by a large head faster in blocks
+# A CPU multiplies few rows by a large head up to twice as fast in blocks, and fewer the other way round.
+FEW, FEWER, LARGE, BLOCKS = 64, 8, 1 << 16, 128
 
 
 class VLM(nn.Module):
@@ -63,8 +64,10 @@ class VLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
         weight = self.head_weight.to(hidden.dtype)
-        few = hidden.device.type == "cpu" and hidden.dim() == 2 and len(hidden) <= FEW
-        if few and len(weight) >= LARGE and len(weight) % BLOCKS == 0:
+        few = hidden.device.type == "cpu" and hidden.dim() == 2 and len(hidden) <= FEW and len(weight) >= LARGE
+        if few and len(hidden) <= FEWER:
+            return (weight @ hidden.mT).mT.contiguous()
+        if few and len(weight) % BLOCKS == 0:
             blocks = weight.unflatten(0, (BLOCKS, -1)).mT                                   # (BLOCKS, H, V / BLOCKS)
             return torch.bmm(hidden.expand(BLOCKS, -1, -1), blocks).transpose(0, 1).flatten(1)
         return F.linear(hidden, weight)
