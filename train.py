@@ -29,7 +29,8 @@ from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
 from eval import load_task, score as exact_match, score_answers
 from gate import decide_before, explain_change, fell_significantly, gate_after, gather_records, measure, proportion
 from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
-from model.optimise import DTYPES, check_trainable, frozen_self, load_trainable, make_optimiser, optimiser_step
+from model.optimise import (DTYPES, check_trainable, frozen_self, load_trainable, load_training_state, make_optimiser,
+                            optimiser_step, training_state)
 from model.pairs import PairRows, pack_pairs
 from model.processor import Chat
 from model.run import Interrupted, Ranks, Run, exit_status, folder_digest
@@ -399,9 +400,8 @@ def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
 def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> None:
     """Checkpoint: the weights that are trained, the optimiser, and the state with its pairs."""
     state.buffer = list(replay.pairs)
-    trained = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
     run.save(f"step-{state.step:06d}-{len(state.rounds):03d}",
-             {"step": state.step, "state": asdict(state), "model": trained, "optimiser": optimiser.state_dict()})
+             {"step": state.step, "state": asdict(state), **training_state(student, optimiser)})
 
 
 def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
@@ -409,9 +409,7 @@ def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: Re
     saved = run.load()
     if saved is None:
         return State()
-    for name, tensor in saved["model"].items():
-        student.get_parameter(name).data.copy_(tensor)
-    optimiser.load_state_dict(saved["optimiser"])
+    load_training_state(student, optimiser, saved)
     state = State(**saved["state"])
     replay.pairs.extend(Pair(**p) for p in state.buffer)
     state.fresh = None if state.fresh is None else [Pair(**p) for p in state.fresh]

@@ -58,11 +58,14 @@ def rubric_chat(chat: list[dict], candidate: str) -> list[dict]:
     `chat` is the question as the student saw it (Item.chat()); its last message is the user's. The candidate comes
     last: what precedes it is the same in all K prompts of an item.
     """
-    *earlier, question = chat
-    content = question["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    parts = [{"type": "text", "text": RUBRIC}, *parts, {"type": "text", "text": CANDIDATE + candidate}]
-    return [*earlier, {"role": "user", "content": parts}]
+    parts = [{"type": "text", "text": RUBRIC}, *_parts(chat), {"type": "text", "text": CANDIDATE + candidate}]
+    return [*chat[:-1], {"role": "user", "content": parts}]
+
+
+def _parts(chat: list[dict]) -> list[dict]:
+    """The last message's content, texts and pictures in order."""
+    content = chat[-1]["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
 def comparison_chat(chat: list[dict], first: str, second: str) -> list[dict]:
@@ -73,12 +76,10 @@ def comparison_chat(chat: list[dict], first: str, second: str) -> list[dict]:
 
 def _framed(chat: list[dict], head: str, tail: str) -> list[dict]:
     """The question between two texts; pictures that open it stay in front, as tasks/rewardbench.py shows them."""
-    *earlier, question = chat
-    content = question["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    parts = _parts(chat)
     opening = next((k for k, part in enumerate(parts) if part["type"] != "image"), len(parts))
     parts.insert(opening, {"type": "text", "text": head})
-    return [*earlier, {"role": "user", "content": [*parts, {"type": "text", "text": tail}]}]
+    return [*chat[:-1], {"role": "user", "content": [*parts, {"type": "text", "text": tail}]}]
 
 
 def score_candidates(answer: Callable[[list[list[dict]]], Sequence], chats: list[list[dict]],

@@ -36,7 +36,8 @@ from verifier import (KINDS, Judgment, SyntheticPair, alter_chat, altered_pair, 
                       judge_pairs, kept_judgments, majority_pair)
 
 from . import Completion, generate, save_vlm
-from .optimise import DTYPES, check_trainable, load_trainable, make_optimiser, optimiser_step
+from .optimise import (DTYPES, check_trainable, load_trainable, load_training_state, make_optimiser, optimiser_step,
+                       training_state)
 from .processor import Chat, Picture, collate
 from .run import Interrupted, Ranks, Run, exit_status, folder_digest
 from .vlm import VLM
@@ -380,10 +381,9 @@ def table(state: State) -> str:
 
 def save(run: Run, state: State, vlm: VLM, optimiser: torch.optim.Optimizer) -> None:
     """Checkpoint: the weights that are trained, the optimiser, and the state with its pairs and judgments."""
-    trained = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad}
     number = 2 * len(state.iterations) + (state.kept is not None)
     run.save(f"step-{state.step:06d}-{number:03d}",
-             {"step": state.step, "state": asdict(state), "model": trained, "optimiser": optimiser.state_dict()})
+             {"step": state.step, "state": asdict(state), **training_state(vlm, optimiser)})
 
 
 def restore(run: Run, vlm: VLM) -> tuple[State, torch.optim.Optimizer]:
@@ -391,9 +391,7 @@ def restore(run: Run, vlm: VLM) -> tuple[State, torch.optim.Optimizer]:
     saved, optimiser = run.load(), make_optimiser(vlm, run.cfg.lr, run.cfg.weight_decay)
     if saved is None:
         return State(), optimiser
-    for name, tensor in saved["model"].items():
-        vlm.get_parameter(name).data.copy_(tensor)
-    optimiser.load_state_dict(saved["optimiser"])
+    load_training_state(vlm, optimiser, saved)
     state = State(**saved["state"])
     state.pairs, state.held = ([SyntheticPair(**p) for p in pairs] for pairs in (state.pairs, state.held))
     state.kept = None if state.kept is None else [Judgment(**j) for j in state.kept]

@@ -93,6 +93,19 @@ def make_optimiser(vlm: VLM, lr: float, weight_decay: float) -> torch.optim.Adam
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
 
+def training_state(vlm: VLM, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds of the training: the weights that are trained, and the optimiser's state."""
+    trained = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad}
+    return {"model": trained, "optimiser": optimiser.state_dict()}
+
+
+def load_training_state(vlm: VLM, optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put what `training_state` returned into the model and the optimiser."""
+    for name, tensor in saved["model"].items():
+        vlm.get_parameter(name).data.copy_(tensor)
+    optimiser.load_state_dict(saved["optimiser"])
+
+
 def learning_rate(peak: float, warmup_steps: int, step: int, planned: int) -> float:
     """Linear warm-up, then a cosine to a tenth of the peak at step `planned`, the last that may come (from 1)."""
     return peak * min(step / max(warmup_steps, 1), 0.55 + 0.45 * math.cos(math.pi * step / planned))
