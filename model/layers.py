@@ -19,14 +19,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+LARGE = 100_000                                         # entries of a matrix from which on oneDNN is faster on a CPU
+ONEDNN = torch.backends.mkldnn.is_available()
 Grid = tuple[int, int, int]                                                     # (frames, h, w) of a picture in patches
+
+
+def on_onednn(weight: Tensor) -> bool:
+    """Whether products with this matrix are better left to oneDNN, which PyTorch itself asks below fp32 only (measured
+    on an AMD EPYC against MKL)."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= LARGE and ONEDNN
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype of x; by oneDNN where `weight` is one that it has arranged, or where that saves time and
+    no gradient is asked for."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if weight.is_mkldnn or not torch.is_grad_enabled() and on_onednn(weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
     """y = x W^T + b in the dtype of x."""
+    packed: Tensor | None = None                        # the weight once more, as oneDNN arranges it
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -45,9 +63,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * unit.to(x.dtype)
+        return self.weight.to(x.dtype) * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rope_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
@@ -143,11 +159,11 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tens
 
 class LayerCache:
     """One layer's keys and values while sampling: those of G rows of prompts, held once, and what their R = G N samples
-    added. A row may hold several prompts that begin alike; `visible` (G, N, P) says what belongs to a sample's prompt.
+    added. A row may hold several prompts that begin alike; `bias` (G, N, P) is 0 on a sample's own prompt, else -inf.
     """
 
-    def __init__(self, visible: Tensor):
-        self.visible = visible                                                  # bool
+    def __init__(self, bias: Tensor):
+        self.bias = bias                                                        # in the dtype computed in
         self.prompt: tuple[Tensor, Tensor] | None = None                        # k, v: (G, nk, P, hd)
         self.sampled: tuple[Tensor, Tensor] | None = None                       # k, v: (R, nk, room >= t, hd)
         self.length = 0                                                         # t
@@ -165,7 +181,7 @@ class LayerCache:
 
     def keep(self, groups: Tensor, samples: Tensor) -> None:
         """Go on with these of the G rows of prompts, (G',), and these of the R samples, (R',), in order."""
-        self.visible = self.visible.flatten(0, 1)[samples].unflatten(0, (len(groups), -1))
+        self.bias = self.bias.flatten(0, 1)[samples].unflatten(0, (len(groups), -1))
         self.prompt = tuple(held[groups] for held in self.prompt)
         self.sampled = self.sampled and tuple(held[samples] for held in self.sampled)
 
@@ -184,11 +200,11 @@ class LayerCache:
         def by_row(x: Tensor) -> Tensor:                                        # (G, nk, N g, *) -> (R, nk, g, *)
             return x.unflatten(2, (N, g)).transpose(1, 2).flatten(0, 1)
         q = q.reshape(R, nk, g, hd) * hd ** -0.5
-        unseen = ~self.visible.flatten(0, 1)[:, None, None]                     # (R, 1, 1, P)
-        to_prompt = by_row(by_prompt(q) @ prompt_k.mT).masked_fill(unseen, -torch.inf)
-        scores = torch.cat((to_prompt, q @ own_k.mT), -1)                       # (R, nk, g, P + t)
+        to_prompt = by_prompt(q) @ prompt_k.mT                                  # (G, nk, N g, P)
+        to_prompt.unflatten(2, (N, g)).add_(self.bias[:, None, :, None])
+        scores = torch.cat((to_prompt, by_prompt(q @ own_k.mT)), -1)            # (G, nk, N g, P + t)
         weights = scores.float().softmax(-1).to(q.dtype)
-        y = by_row(by_prompt(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v
+        y = by_row(weights[..., :P] @ prompt_v) + by_row(weights[..., P:]) @ own_v
         return y.reshape(R, nh, 1, hd)
 
 
@@ -215,7 +231,7 @@ class SelfAttention(nn.Module):
             y = cache.attend(q, k, v)
         else:
             if cache is not None:
-                cache.prompt = k, v
+                cache.prompt = k.contiguous(), v.contiguous()
             y = attend(q, k, v, causal=True) if tree is None else tree.attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, T, H)
 
@@ -268,8 +284,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, channels * frames * patch * patch) -> (N, Dv), in the dtype of `pixels`."""
-        weight, bias = self.proj.weight.flatten(1), self.proj.bias
-        return F.linear(pixels, weight.to(pixels.dtype), None if bias is None else bias.to(pixels.dtype))
+        return linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionAttention(nn.Module):

@@ -133,13 +133,13 @@ class Decoder(MRopeDecoder):
         return torch.where(owned, axis, 0)
 
     def forward(self, x: Tensor, position_ids: Tensor, tree: Tree | None, cache: list[LayerCache] | None,
-                image_mask: Tensor | None = None, deepstack: list[Tensor] | None = None) -> Tensor:
-        """x: (B, T, H), image tokens in place; image_mask: (B, T) bool; deepstack: D of (M, H) -> (B, T, H)."""
+                places: Tensor | None = None, deepstack: list[Tensor] | None = None) -> Tensor:
+        """x: (B, T, H), image tokens in their `places` (M,) of B * T; deepstack: D of (M, H) -> (B, T, H)."""
         rope = self.rope(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, tree, cache[i] if cache else None)
             if deepstack is not None and i < len(deepstack):
-                x = x.masked_scatter(image_mask[..., None], x[image_mask] + deepstack[i])
+                x = x.flatten(0, 1).index_add(0, places, deepstack[i]).view_as(x)
         return self.norm(x)
 
 
@@ -155,5 +155,5 @@ class Qwen3VL(QwenVL):
         image_tokens, deepstack = None, None
         if features:
             image_tokens, *deepstack = torch.cat(features, 1)                             # (M, H) each
-        x, image_mask = self.embed(batch, features, image_tokens)
-        return self.decoder(x, batch.position_ids, batch.tree, cache, image_mask, deepstack)
+        x, places = self.embed(batch, features, image_tokens)
+        return self.decoder(x, batch.position_ids, batch.tree, cache, places, deepstack)

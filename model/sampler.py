@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .batch import Row
 from .images import Picture
+from .layers import Linear, on_onednn
 from .processor import Chat
 from .prompts import Prompts, pack_prompts
 from .vlm import VLM
@@ -58,15 +59,25 @@ class Sampling:
 
 
 @contextmanager
-def lowered(vlm: VLM) -> Iterator[None]:
-    """Inside, weights that are trained in fp32 are held in the dtype computed in: no token need cast them anew."""
+def arranged(vlm: VLM) -> Iterator[None]:
+    """Inside, the language model's weights are held as they are multiplied fastest: those that are trained in fp32 in
+    the dtype computed in; large ones on a CPU once more, as oneDNN arranges them, which few rows read in half the time.
+    """
     tower = {id(p) for p in vlm.tower.parameters()}
     held = {p: p.data for p in vlm.parameters() if p.dtype != vlm.dtype and id(p) not in tower}
     for p in held:
         p.data = p.data.to(vlm.dtype)
+    layers = [m for m in vlm.decoder.modules() if isinstance(m, Linear) and on_onednn(m.weight)]
+    for layer in layers:
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
+    if on_onednn(vlm.head_weight):
+        vlm.packed_head = torch.ops.mkldnn._reorder_linear_weight(vlm.head_weight)
     try:
         yield
     finally:
+        vlm.packed_head = None
+        for layer in layers:
+            layer.packed = None
         for p, data in held.items():
             p.data = data
 
@@ -87,16 +98,16 @@ def generate(vlm: VLM, chats: list[Chat], n: int = 1, max_new_tokens: int = 256,
     copies, n = (n, 1) if temperature == 0 else (1, n)              # greedy samples are equal: draw one
     seen: Counter[str] = Counter()
     completions: list[list[Completion]] = [[] for _ in chats]
-    for start in range(0, len(chats), batch_size):
-        pictures: dict[str, Picture] = {}
-        rows = vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)
-        uniforms = draw_uniforms(rows, n, max_new_tokens, seed, seen) if temperature else None
-        for prompts in pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id):
-            with lowered(vlm):
+    with arranged(vlm):
+        for start in range(0, len(chats), batch_size):
+            pictures: dict[str, Picture] = {}
+            rows = vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)
+            uniforms = draw_uniforms(rows, n, max_new_tokens, seed, seen) if temperature else None
+            for prompts in pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id):
                 tokens = sample_batch(vlm, prompts, n, how, uniforms).tolist()
-            for k, number in enumerate(prompts.numbers.flatten().tolist()):
-                if number >= 0:
-                    completions[start + number] = [finish(vlm, row) for row in tokens[k * n:(k + 1) * n]] * copies
+                for k, number in enumerate(prompts.numbers.flatten().tolist()):
+                    if number >= 0:
+                        completions[start + number] = [finish(vlm, row) for row in tokens[k * n:(k + 1) * n]] * copies
     return completions
 
 

@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import Batch
 from .checkpoint import Settings
-from .layers import LayerCache, Linear
+from .layers import LayerCache, Linear, linear
 from .processor import Picture, QwenProcessor
 from .prompts import Prompts
-
-
-# A CPU multiplies few rows by a large head up to twice as fast in blocks, and fewer the other way round.
-FEW, FEWER, LARGE, BLOCKS = 64, 8, 1 << 16, 128
 
 
 class VLM(nn.Module):
@@ -43,6 +38,7 @@ class VLM(nn.Module):
         super().__init__()
         self.compute_dtype: torch.dtype | None = None   # of activations; None: the dtype of the weights
         self.feature_cache: FeatureCache | None = None  # set it to keep image features between calls
+        self.packed_head: Tensor | None = None          # of Linear.packed's kind
 
     @property
     def head_weight(self) -> Tensor:
@@ -63,14 +59,7 @@ class VLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
-        weight = self.head_weight.to(hidden.dtype)
-        few = hidden.device.type == "cpu" and hidden.dim() == 2 and len(hidden) <= FEW and len(weight) >= LARGE
-        if few and len(hidden) <= FEWER:
-            return (weight @ hidden.mT).mT.contiguous()
-        if few and len(weight) % BLOCKS == 0:
-            blocks = weight.unflatten(0, (BLOCKS, -1)).mT                                   # (BLOCKS, H, V / BLOCKS)
-            return torch.bmm(hidden.expand(BLOCKS, -1, -1), blocks).transpose(0, 1).flatten(1)
-        return F.linear(hidden, weight)
+        return linear(hidden, self.head_weight if self.packed_head is None else self.packed_head)
 
     def image_features(self, batch: Batch) -> list[Tensor]:
         """Features of every picture in the batch, in the order of the prompts; equal pictures are encoded once."""
@@ -98,7 +87,8 @@ class VLM(nn.Module):
     def new_cache(self, prompts: Prompts, n: int) -> list[LayerCache]:
         """An empty key-value cache for `n` samples of each of `prompts`, one entry a decoder layer."""
         visible = prompts.visible.repeat_interleave(n, 1)                                 # (G, m n, T)
-        return [LayerCache(visible) for _ in self.decoder.layers]
+        bias = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, -torch.inf)
+        return [LayerCache(bias) for _ in self.decoder.layers]
 
 
 class QwenVL(VLM):
@@ -131,13 +121,13 @@ class QwenVL(VLM):
         return list(features.split([p.tokens for p in pictures], -2))
 
     def embed(self, batch: Batch, features: list[Tensor], image_tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Token embeddings (B, T, H) with `image_tokens` (M, H) in their places, and those places, (B, T) bool."""
+        """Token embeddings (B, T, H) with `image_tokens` (M, H) in their places, and those, (M,), counted in B * T."""
         self.check_placeholders(batch, [f.shape[-2] for f in features])
         x = self.decoder.embed_tokens(batch.input_ids).to(self.dtype)
         if image_tokens is None:
             return x, None
-        image_mask = batch.input_ids == self.image_token_id
-        return x.masked_scatter(image_mask[..., None], image_tokens), image_mask
+        places = (batch.input_ids.flatten() == self.image_token_id).nonzero()[:, 0]
+        return x.flatten(0, 1).index_copy(0, places, image_tokens).view_as(x), places
 
     def step(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache]) -> Tensor:
         """One token a row: tokens (R,), positions (R,), the same on all three axes -> hidden states (R, H)."""

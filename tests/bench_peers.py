@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from model import FAMILIES
 from model.checkpoint import read_settings
@@ -165,6 +165,12 @@ def digest(value: Any) -> str:
 
 
 # ---- measuring
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def linear_flops(x: Sequence[int], weight: Sequence[int], *rest: Any, **options: Any) -> int:
+    """Of x W^T by oneDNN, from the two shapes: PyTorch's counter does not know it."""
+    return 2 * math.prod(x) * weight[0]
+
 
 class Meter:
     """One side's stopwatch and memory gauge. Make it after the imports and before the models."""

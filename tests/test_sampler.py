@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model import VLM, generate, load_vlm
-from model.sampler import Completion, Sampling, choose, draw_uniforms
+from model.layers import Linear, linear, on_onednn
+from model.sampler import Completion, Sampling, arranged, choose, draw_uniforms
 from tiny import chat, example_chats, picture, qwen3_vl_config, write_checkpoint
 
 DRAWS = 40_000
@@ -113,14 +114,41 @@ def test_rows_are_drawn_on_their_own() -> None:
     assert choose(torch.zeros(3, 9), 1.0, 0, uniforms).tolist() == [0, 5, 8]            # the inverse, in token order
 
 
-@pytest.mark.parametrize("rows", [1, 3, 64, 65])
-def test_logits_of_few_rows(vlm: VLM, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """The head of a published vocabulary is multiplied in blocks, by few rows: the same product."""
+# ---- weights as a CPU reads them fastest
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_large_products_on_a_cpu(rows: int) -> None:
+    """By oneDNN, from a matrix as it is and as oneDNN arranges it, and from rows that do not lie one after another."""
     generator = torch.Generator().manual_seed(0)
-    for size in (151_936, 128_256, 70_001):
-        head, hidden = torch.randn(size, 4, generator=generator), torch.randn(rows, 4, generator=generator)
-        monkeypatch.setattr(VLM, "head_weight", head)
-        assert torch.allclose(vlm.logits(hidden), hidden @ head.T, atol=1e-5)
+    weight, bias = torch.randn(400, 300, generator=generator), torch.randn(400, generator=generator)
+    x = torch.randn(2, 300, rows, generator=generator).mT                                 # (2, rows, 300)
+    wanted = (x.double() @ weight.double().mT).float()
+    assert on_onednn(weight) and not on_onednn(weight[:300]) and not on_onednn(weight.bfloat16())
+    for held in (weight, torch.ops.mkldnn._reorder_linear_weight(weight)):
+        assert torch.allclose(linear(x, held), wanted, atol=1e-4)
+        assert torch.allclose(linear(x, held, bias), wanted + bias, atol=1e-4)
+
+
+def test_arranged_weights(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples; the weights are arranged anew each time, for they may have been trained, and then let go."""
+    def held() -> list[Tensor | None]:
+        return [vlm.packed_head, *(m.packed for m in vlm.decoder.modules() if isinstance(m, Linear))]
+
+    def sample() -> list[list[Completion]]:
+        return generate(vlm, example_chats(), n=3, max_new_tokens=6)
+    plain = sample()
+    monkeypatch.setattr("model.layers.LARGE", 1)
+    assert sample() == plain
+    with pytest.raises(KeyboardInterrupt), arranged(vlm):
+        assert all(each.is_mkldnn for each in held())
+        raise KeyboardInterrupt
+    assert all(each is None for each in held())
+    try:
+        vlm.head_weight.data.neg_()
+        assert sample() != plain
+    finally:
+        vlm.head_weight.data.neg_()
 
 
 # ---- a sample's own numbers
