@@ -19,32 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LARGE = 100_000                                         # entries of a matrix from which on oneDNN is faster on a CPU
-ONEDNN = torch.backends.mkldnn.is_available()
 Grid = tuple[int, int, int]                                                     # (frames, h, w) of a picture in patches
 
 
-def on_onednn(weight: Tensor) -> bool:
-    """Whether products with this matrix are better left to oneDNN, which PyTorch itself asks below fp32 only (measured
-    on an AMD EPYC against MKL)."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= LARGE and ONEDNN
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b in the dtype of x; by oneDNN where `weight` is one that it has arranged, or where that saves time and
-    no gradient is asked for."""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if weight.is_mkldnn or not torch.is_grad_enabled() and on_onednn(weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype of x; by oneDNN from `packed`, if there is one: W in that dtype, as oneDNN reads it."""
+    if packed is not None:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Linear):
     """y = x W^T + b in the dtype of x."""
-    packed: Tensor | None = None                        # the weight once more, as oneDNN arranges it
+    packed: Tensor | None = None                        # see sampler.prepared
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+        return linear(x, self.weight, self.bias, self.packed)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -38,7 +38,7 @@ class VLM(nn.Module):
         super().__init__()
         self.compute_dtype: torch.dtype | None = None   # of activations; None: the dtype of the weights
         self.feature_cache: FeatureCache | None = None  # set it to keep image features between calls
-        self.packed_head: Tensor | None = None          # of Linear.packed's kind
+        self.packed_head: Tensor | None = None          # see sampler.prepared
 
     @property
     def head_weight(self) -> Tensor:
@@ -59,7 +59,7 @@ class VLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
-        return linear(hidden, self.head_weight if self.packed_head is None else self.packed_head)
+        return linear(hidden, self.head_weight, packed=self.packed_head)
 
     def image_features(self, batch: Batch) -> list[Tensor]:
         """Features of every picture in the batch, in the order of the prompts; equal pictures are encoded once."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from model import VLM, generate, load_vlm
-from model.layers import Linear, linear, on_onednn
-from model.sampler import Completion, Sampling, arranged, choose, draw_uniforms
+from model.layers import Linear, linear
+from model.sampler import Completion, Sampling, choose, draw_uniforms, next_digits, pack, prepared
 from tiny import chat, example_chats, picture, qwen3_vl_config, write_checkpoint
 
 DRAWS = 40_000
@@ -118,31 +118,35 @@ def test_rows_are_drawn_on_their_own() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3, 64])
-def test_large_products_on_a_cpu(rows: int) -> None:
-    """By oneDNN, from a matrix as it is and as oneDNN arranges it, and from rows that do not lie one after another."""
+@pytest.mark.parametrize("many_steps", [False, True])
+def test_large_products_on_a_cpu(rows: int, many_steps: bool) -> None:
+    """By oneDNN, here from rows that do not lie one after another."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(400, 300, generator=generator), torch.randn(400, generator=generator)
     x = torch.randn(2, 300, rows, generator=generator).mT                                 # (2, rows, 300)
     wanted = (x.double() @ weight.double().mT).float()
-    assert on_onednn(weight) and not on_onednn(weight[:300]) and not on_onednn(weight.bfloat16())
-    for held in (weight, torch.ops.mkldnn._reorder_linear_weight(weight)):
-        assert torch.allclose(linear(x, held), wanted, atol=1e-4)
-        assert torch.allclose(linear(x, held, bias), wanted + bias, atol=1e-4)
+    packed = pack(weight, many_steps)
+    assert packed.is_mkldnn == many_steps
+    assert torch.allclose(linear(x, torch.empty(0), packed=packed), wanted, atol=1e-4)
+    assert torch.allclose(linear(x, torch.empty(0), bias, packed), wanted + bias, atol=1e-4)
+    assert pack(weight[:300], many_steps) is None and pack(weight.bfloat16(), many_steps) is None
 
 
-def test_arranged_weights(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same samples; the weights are arranged anew each time, for they may have been trained, and then let go."""
+def test_packed_weights(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples and digits; weights are packed anew each time, for they may have been trained, and let go."""
     def held() -> list[Tensor | None]:
         return [vlm.packed_head, *(m.packed for m in vlm.decoder.modules() if isinstance(m, Linear))]
 
     def sample() -> list[list[Completion]]:
         return generate(vlm, example_chats(), n=3, max_new_tokens=6)
-    plain = sample()
-    monkeypatch.setattr("model.layers.LARGE", 1)
+    plain, digits = sample(), torch.tensor(next_digits(vlm, example_chats(), ["0", "0."]))
+    monkeypatch.setattr("model.sampler.LARGE", 1)
     assert sample() == plain
-    with pytest.raises(KeyboardInterrupt), arranged(vlm):
-        assert all(each.is_mkldnn for each in held())
-        raise KeyboardInterrupt
+    assert torch.allclose(torch.tensor(next_digits(vlm, example_chats(), ["0", "0."])), digits, atol=1e-6)
+    for many_steps in (False, True):
+        with pytest.raises(KeyboardInterrupt), prepared(vlm, many_steps):
+            assert all(each.is_mkldnn == many_steps for each in held())
+            raise KeyboardInterrupt
     assert all(each is None for each in held())
     try:
         vlm.head_weight.data.neg_()
