@@ -4,7 +4,7 @@ Letters: B chats, T tokens (right-padded), I pictures of the chat with the most,
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -93,10 +93,13 @@ class Row:
     picture_keys: list[str]
     sees: np.ndarray | None = None                      # (T, I) bool; Mllama only
 
-    def extended(self, ids: list[int], positions: np.ndarray) -> Row:
-        """The row with text after it, at `positions` (its length,): it sees what the last token sees."""
+    def continued(self, *texts: Sequence[int]) -> Row:
+        """The row with the tokens of `texts` after it. Each begins at the row's largest position + 1, on all three axes,
+        and sees what the row's last token sees."""
+        ids = [token for text in texts for token in text]
+        places = self.positions.max() + 1 + np.concatenate([np.arange(len(text)) for text in texts])
+        positions = np.concatenate((self.positions, np.broadcast_to(places, (3, len(ids)))), 1)
         sees = None if self.sees is None else np.concatenate((self.sees, np.repeat(self.sees[-1:], len(ids), 0)))
-        positions = np.concatenate((self.positions, np.broadcast_to(positions, (3, len(ids)))), 1)
         return Row([*self.ids, *ids], positions, self.picture_keys, sees)
 
 

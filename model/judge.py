@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -299,8 +298,7 @@ def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence
     """Summed log-probability (B,) of B completions, each given its chat; the prompt's tokens do not count."""
     pictures: dict[str, Picture] = {}
     prompts = vlm.processor.rows(chats, pictures)
-    rows = [prompt.extended(list(ids), prompt.positions.max() + 1 + np.arange(len(ids)))
-            for prompt, ids in zip(prompts, completions, strict=True)]
+    rows = [prompt.continued(ids) for prompt, ids in zip(prompts, completions, strict=True)]
     batch = collate(rows, pictures, vlm.processor.pad_id).to(vlm.device)
     targets = torch.zeros(len(rows), max(map(len, completions)), dtype=torch.long)         # (B, C)
     sources, mask = targets.clone(), targets.bool()

@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,9 +49,7 @@ def pack_pairs(processor: Processor, pairs: Sequence[tuple[Chat, Sequence[int], 
     for prompt, (_, chosen, rejected) in zip(prompts, pairs):
         if not chosen or not rejected:
             raise ValueError("a completion without tokens cannot be paired")
-        start = prompt.positions.max() + 1
-        own = np.concatenate([start + np.arange(len(side)) for side in (chosen, rejected)])
-        rows.append(prompt.extended([*chosen, *rejected], own))
+        rows.append(prompt.continued(chosen, rejected))
         segments.append([PROMPT] * len(prompt.ids) + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
     batch = collate(rows, pictures, processor.pad_id)
     batch = replace(batch, tree=Tree.of(segments, batch.input_ids.shape[1]))

@@ -191,7 +191,7 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
     with prepared(vlm, many_steps=False):
         for start in range(0, len(chats), batch_size):
             pictures: dict[str, Picture] = {}
-            rows = [row.extended(longest, row.positions.max() + 1 + np.arange(len(longest)))
+            rows = [row.continued(longest)
                     for row in vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)]
             for prompts in pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id):
                 prompts = prompts.to(vlm.device)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open
@@ -116,7 +115,7 @@ def test_cached_steps_equal_a_full_pass(case: tuple[str, VLM]) -> None:
     rows = vlm.processor.rows(example_chats(), pictures)
     new = [7, 99, 41]
     start = [int(row.positions.max()) + 1 for row in rows]
-    full = collate([row.extended(new, s + np.arange(3)) for row, s in zip(rows, start)], pictures, vlm.processor.pad_id)
+    full = collate([row.continued(new) for row in rows], pictures, vlm.processor.pad_id)
     expected = vlm(full)
     [prompts] = pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id)
     order = prompts.numbers[:, 0].tolist()
@@ -181,7 +180,7 @@ def test_packed_pair_equals_separate_rows(case: tuple[str, VLM]) -> None:
         for b, (messages, *both) in enumerate(triples):
             pictures: dict = {}
             [row] = vlm.processor.rows([messages], pictures)
-            alone = row.extended(both[which], row.positions.max() + 1 + np.arange(len(both[which])))
+            alone = row.continued(both[which])
             batch = collate([alone], pictures, 0)
             expected = vlm.hidden(batch, vlm.image_features(batch))[0, len(row.ids) - 1:-1]
             found = states[which * len(triples) + b][packed.mask[which * len(triples) + b]]

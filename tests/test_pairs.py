@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ def separate_logps(vlm: VLM, messages: list, completion: list[int]) -> Tensor:
     """The naive way: one row [prompt | completion], its full logits, shifted by one."""
     pictures: dict = {}
     [prompt] = vlm.processor.rows([messages], pictures)
-    row = prompt.extended(completion, prompt.positions.max() + 1 + np.arange(len(completion)))
+    row = prompt.continued(completion)
     logps = vlm(collate([row], pictures, vlm.processor.pad_id))[0].log_softmax(-1)
     return logps[len(prompt.ids) - 1:-1].gather(1, torch.tensor(completion)[:, None]).sum()
 

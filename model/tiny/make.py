@@ -37,7 +37,7 @@ from torch import Tensor
 
 from model import FAMILIES, Completion, generate, load_vlm, save_vlm
 from model.checkpoint import read_settings
-from model.processor import Chat, Row, collate
+from model.processor import Chat, collate
 from model.vlm import VLM
 from tasks.flags import flag, parse_flags
 from tasks.shapes import QUESTIONS, SPLITS, draw, load, noisy, score
@@ -216,9 +216,7 @@ def answer_loss(vlm: VLM, chats: list[Chat], answers: list[str], label_smoothing
     tail = len(processor.encode("\n") + processor.encode("assistant\n")) + 2   # end of turn .. the answer's start
     for b, (prompt, answer) in enumerate(zip(prompts, answers)):
         ids, end = [*processor.encode(answer), processor.turn_end_id], len(prompt.ids)
-        places = prompt.positions.max() + 1 + np.arange(len(ids))
-        rows.append(Row(prompt.ids + ids, np.concatenate((prompt.positions, np.tile(places, (3, 1))), 1),
-                        prompt.picture_keys))
+        rows.append(prompt.continued(ids))
         where += [(b, end - 1 + k, token) for k, token in enumerate(ids)]
         if early:
             where.append((b, end - tail - 1, *processor.encode(early[b])))
