@@ -399,9 +399,10 @@ def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
 
 def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> None:
     """Checkpoint: the weights that are trained, the optimiser, and the state with its pairs."""
-    state.buffer = list(replay.pairs)
+    fresh, buffer = (None if pairs is None else [vars(p) for p in pairs] for pairs in (state.fresh, replay.pairs))
+    held = vars(state) | {"fresh": fresh, "buffer": buffer}         # asdict would copy all that was ever answered
     run.save(f"step-{state.step:06d}-{len(state.rounds):03d}",
-             {"step": state.step, "state": asdict(state), **training_state(student, optimiser)})
+             {"step": state.step, "state": held, **training_state(student, optimiser)})
 
 
 def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
