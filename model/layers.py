@@ -23,8 +23,8 @@ Grid = tuple[int, int, int]                                                     
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """x W^T + b in the dtype of x; by oneDNN from `packed`, if there is one: W in that dtype, as oneDNN reads it."""
-    if packed is not None:
+    """x W^T + b in the dtype of x; by oneDNN where `packed`, W as oneDNN is to read it, has that dtype."""
+    if packed is not None and packed.dtype == x.dtype:
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -29,6 +29,7 @@ from .vlm import VLM
 LOOK = 16                                               # tokens between looks for finished samples on a GPU
 SPAN = 128                                              # tokens of the vocabulary that are summed up at once
 LARGE = 100_000                                         # entries of a matrix from which on oneDNN is faster
+MANY = 64                                               # tokens from which on packing takes less time than it saves
 NUCLEUS = 1024                                          # likeliest tokens among which a nucleus is looked for first
 
 
@@ -60,22 +61,22 @@ class Sampling:
 
 
 @contextmanager
-def prepared(vlm: VLM, many_steps: bool) -> Iterator[None]:
-    """Inside, the language model's weights are held as they are multiplied fastest.
+def prepared(vlm: VLM, tokens: int) -> Iterator[None]:
+    """Inside, the language model's weights are held as they are multiplied fastest, to sample that many tokens.
 
     Those that are trained in fp32 are held in the dtype computed in. On a CPU large ones in fp32 are left to oneDNN,
-    which PyTorch itself asks below fp32 only; for `many_steps` a copy is packed as oneDNN reads it, which takes few
+    which PyTorch itself asks below fp32 only; for many tokens a copy is packed as oneDNN reads it, which takes few
     rows half the time (measured on an AMD EPYC against MKL). Not for training, nor for what is compared with it.
     """
     tower = {id(p) for p in vlm.tower.parameters()}
     held = {p: p.data for p in vlm.parameters() if p.dtype != vlm.dtype and id(p) not in tower}
-    for p in held:
-        p.data = p.data.to(vlm.dtype)
     layers = [m for m in vlm.decoder.modules() if isinstance(m, Linear)]
-    for layer in layers:
-        layer.packed = pack(layer.weight.data, many_steps)
-    vlm.packed_head = pack(vlm.head_weight.data, many_steps)
     try:
+        for p in held:
+            p.data = p.data.to(vlm.dtype)
+        for layer in layers:
+            layer.packed = pack(layer.weight.data, tokens)
+        vlm.packed_head = pack(vlm.head_weight.data, tokens)
         yield
     finally:
         vlm.packed_head = None
@@ -85,12 +86,12 @@ def prepared(vlm: VLM, many_steps: bool) -> Iterator[None]:
             p.data = data
 
 
-def pack(weight: Tensor, many_steps: bool) -> Tensor | None:
-    """A matrix for oneDNN; None for one that is better left to PyTorch's own choice."""
+def pack(weight: Tensor, tokens: int) -> Tensor | None:
+    """A matrix for oneDNN, packed or as it is; None for one that is better left to PyTorch's own choice."""
     large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= LARGE
     if not large or not torch.backends.mkldnn.is_available():
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight) if many_steps else weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight) if tokens >= MANY else weight
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def generate(vlm: VLM, chats: list[Chat], n: int = 1, max_new_tokens: int = 256,
     copies, n = (n, 1) if temperature == 0 else (1, n)              # greedy samples are equal: draw one
     seen: Counter[str] = Counter()
     completions: list[list[Completion]] = [[] for _ in chats]
-    with prepared(vlm, many_steps=True):
+    with prepared(vlm, len(chats) * n * max_new_tokens):
         for start in range(0, len(chats), batch_size):
             pictures: dict[str, Picture] = {}
             rows = vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)
@@ -188,7 +189,7 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
         if longest[:len(ids)] != ids:
             raise ValueError(f"the tokens of {reply!r} do not begin those of {replies[-1]!r}")
     digits = [torch.tensor(ids, dtype=torch.long, device=vlm.device) for ids in vlm.processor.digits]
-    with prepared(vlm, many_steps=False):
+    with prepared(vlm, tokens=0):
         for start in range(0, len(chats), batch_size):
             pictures: dict[str, Picture] = {}
             rows = [row.continued(longest)

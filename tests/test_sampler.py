@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model import VLM, generate, load_vlm
 from model.layers import Linear, linear
-from model.sampler import Completion, Sampling, choose, draw_uniforms, next_digits, pack, prepared
+from model.sampler import MANY, Completion, Sampling, choose, draw_uniforms, next_digits, pack, prepared
 from tiny import chat, example_chats, picture, qwen3_vl_config, write_checkpoint
 
 DRAWS = 40_000
@@ -118,18 +118,19 @@ def test_rows_are_drawn_on_their_own() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3, 64])
-@pytest.mark.parametrize("many_steps", [False, True])
-def test_large_products_on_a_cpu(rows: int, many_steps: bool) -> None:
+@pytest.mark.parametrize("tokens", [MANY - 1, MANY])
+def test_large_products_on_a_cpu(rows: int, tokens: int) -> None:
     """By oneDNN, here from rows that do not lie one after another."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(400, 300, generator=generator), torch.randn(400, generator=generator)
     x = torch.randn(2, 300, rows, generator=generator).mT                                 # (2, rows, 300)
     wanted = (x.double() @ weight.double().mT).float()
-    packed = pack(weight, many_steps)
-    assert packed.is_mkldnn == many_steps
+    packed = pack(weight, tokens)
+    assert packed.is_mkldnn == (tokens == MANY)
     assert torch.allclose(linear(x, torch.empty(0), packed=packed), wanted, atol=1e-4)
     assert torch.allclose(linear(x, torch.empty(0), bias, packed), wanted + bias, atol=1e-4)
-    assert pack(weight[:300], many_steps) is None and pack(weight.bfloat16(), many_steps) is None
+    assert pack(weight[:300], tokens) is None and pack(weight.bfloat16(), tokens) is None
+    assert linear(x.bfloat16(), weight, bias, packed).dtype == torch.bfloat16              # as under autocast
 
 
 def test_packed_weights(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,16 +144,34 @@ def test_packed_weights(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.sampler.LARGE", 1)
     assert sample() == plain
     assert torch.allclose(torch.tensor(next_digits(vlm, example_chats(), ["0", "0."])), digits, atol=1e-6)
-    for many_steps in (False, True):
-        with pytest.raises(KeyboardInterrupt), prepared(vlm, many_steps):
-            assert all(each.is_mkldnn == many_steps for each in held())
+    for tokens in (0, MANY):
+        with pytest.raises(KeyboardInterrupt), prepared(vlm, tokens):
+            assert all(each.is_mkldnn == (tokens == MANY) for each in held())
             raise KeyboardInterrupt
-    assert all(each is None for each in held())
+        assert all(each is None for each in held())
     try:
         vlm.head_weight.data.neg_()
         assert sample() != plain
     finally:
         vlm.head_weight.data.neg_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupt_while_weights_are_packed(vlm: VLM, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Neither a packed copy nor a lowered weight stays behind."""
+    calls = iter(range(5))
+
+    def interrupted(weight: Tensor, tokens: int) -> Tensor:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return pack(weight, tokens)
+    monkeypatch.setattr("model.sampler.LARGE", 1)
+    monkeypatch.setattr("model.sampler.pack", interrupted)
+    monkeypatch.setattr(vlm, "compute_dtype", dtype)
+    with pytest.raises(KeyboardInterrupt):
+        generate(vlm, example_chats(), max_new_tokens=4)
+    assert all(m.packed is None for m in vlm.modules() if isinstance(m, Linear))
+    assert {p.dtype for p in vlm.parameters()} == {torch.float32}
 
 
 # ---- a sample's own numbers
