@@ -123,12 +123,11 @@ class Config:
 
 @dataclass
 class State:
-    """Where a run is: with the weights and the optimiser's state, all that a checkpoint holds."""
+    """Where a run is: with the weights, the optimiser's state and the replay buffer, all that a checkpoint holds."""
     step: int = 0
     round: int = 0                                      # rounds that are finished
     position: int = 0                                   # steps of the current round that are done
     fresh: list[Pair] | None = None                     # the current round's pairs, None until they are made
-    buffer: list[Pair] = field(default_factory=list)    # what the replay buffer held when this was saved
     pre_gate: dict[str, Any] | None = None
     frozen: list[dict[str, Any]] | None = None          # the frozen student's answers on the held-out split
     trained_on: list[dict[str, Any]] | None = None      # and on items that round 1 trains on
@@ -398,11 +397,11 @@ def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
 
 
 def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> None:
-    """Checkpoint: the weights that are trained, the optimiser, and the state with its pairs."""
+    """Checkpoint: the weights that are trained, the optimiser, the state with its pairs, and the replay buffer's."""
     fresh, buffer = (None if pairs is None else [vars(p) for p in pairs] for pairs in (state.fresh, replay.pairs))
-    held = vars(state) | {"fresh": fresh, "buffer": buffer}         # asdict would copy all that was ever answered
+    held = vars(state) | {"fresh": fresh}               # not asdict, which copies all that was ever answered
     run.save(f"step-{state.step:06d}-{len(state.rounds):03d}",
-             {"step": state.step, "state": held, **training_state(student, optimiser)})
+             {"step": state.step, "state": held, "buffer": buffer, **training_state(student, optimiser)})
 
 
 def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
@@ -412,7 +411,7 @@ def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: Re
         return State()
     load_training_state(student, optimiser, saved)
     state = State(**saved["state"])
-    replay.pairs.extend(Pair(**p) for p in state.buffer)
+    replay.pairs.extend(Pair(**p) for p in saved["buffer"])
     state.fresh = None if state.fresh is None else [Pair(**p) for p in state.fresh]
     run.say(f"resumed at step {state.step}")
     return state

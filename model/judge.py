@@ -14,7 +14,6 @@ No answer of a training item is read, except for --pairs correct.
 from __future__ import annotations
 
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,7 @@ from torch import Tensor
 from dpo import sequence_logps
 from eval import Answer, judge_report, load_task, score as exact_match, wilson
 from tasks import TASKS, Item
+from tasks.demo import replaced
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.rewardbench import Comparison
 from tasks.splits import Splits, split_items
@@ -402,10 +402,8 @@ def cli(description: str | None) -> int:
     cfg = parse_flags(Config, description)
 
     def work(ranks: Ranks) -> int:
-        if cfg.task is None and cfg.out is None:
-            if ranks.first:
-                shutil.rmtree("runs/demo/judge", ignore_errors=True)
-            ranks.barrier()
-        folder = f"runs/judge-{cfg.task}" if cfg.task else "runs/demo/judge"
-        return main(replace(cfg, out=cfg.out or folder), ranks)
+        if cfg.out or cfg.task:
+            return main(replace(cfg, out=cfg.out or f"runs/judge-{cfg.task}"), ranks)
+        with replaced(Path("runs/demo/judge"), ranks):
+            return main(replace(cfg, out="runs/demo/judge"), ranks)
     return exit_status("verifier.py", work, cfg.device)

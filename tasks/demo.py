@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,30 @@ def run(main: Callable[[Any, Any], int], cfg: Any, ranks: Any) -> int:
     folder = Path(cfg.out or "runs/demo")
     if cfg.out and ranks.any(folder.exists()):
         raise FileExistsError(f"{folder} exists; choose another --out")
-    if ranks.first and folder.exists():
-        shutil.rmtree(folder)
-    ranks.barrier()
-    for task in EXPECTED:
-        if ranks.first:
-            print(f"\n== {task}", flush=True)
-        main(replace(cfg, task=task, out=str(folder / task), force=task == "red"), ranks)
+    with replaced(folder, ranks):
+        for task in EXPECTED:
+            if ranks.first:
+                print(f"\n== {task}", flush=True)
+            main(replace(cfg, task=task, out=str(folder / task), force=task == "red"), ranks)
     return report(folder) if ranks.first else 0
+
+
+@contextmanager
+def replaced(folder: Path, ranks: Any) -> Iterator[None]:
+    """Inside, `folder` is out of the way. It comes back if no new one was made: a wrong flag costs nobody a demo."""
+    before = folder.with_name(f".{folder.name}.before")
+    if ranks.first and folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(folder, before)
+    ranks.barrier()
+    try:
+        yield
+    finally:
+        if ranks.first and before.exists():
+            if folder.exists():
+                shutil.rmtree(before)
+            else:
+                os.replace(before, folder)
 
 
 def report(folder: Path) -> int:

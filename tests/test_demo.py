@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import train
+from model import judge
 from tasks import demo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +126,20 @@ def test_run_asks_main_for_both_tasks(tmp_path: Path, monkeypatch: pytest.Monkey
     ranks = type("Ranks", (), {"first": True, "any": lambda self, flag: flag, "barrier": lambda self: None})()
     assert demo.run(main, train.Config(seed=7), ranks) == 0
     assert asked == [("bar", False, "runs/demo/bar", 7), ("red", True, "runs/demo/red", 7)]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["demo"]
     assert not (tmp_path / "runs" / "demo" / "old").exists()
+
+
+@pytest.mark.parametrize("script, folder", [("train", "demo"), ("verifier", "demo/judge")])
+def test_a_demo_that_cannot_start_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str,
+                                                         folder: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "runs" / folder / "summary.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--student" if script == "train" else "--verifier", "nope"])
+    assert (train.cli() if script == "train" else judge.cli(None)) == 1
+    assert kept.read_text() == "mine" and [path.name for path in kept.parent.parent.iterdir()] == [kept.parent.name]
 
 
 # ---- the report
