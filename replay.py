@@ -126,7 +126,7 @@ class ReplayBuffer:
                 seed: int) -> list[list[Pair]]:
         """The round's steps: `epochs` passes over the fresh pairs, each batch filled up from the buffer.
 
-        round(ratio * batch_size) places of a batch are drawn from the buffer, no pair that the batch already holds;
+        round(ratio * batch_size) places of a batch are drawn from the buffer, no pair twice and none that is already in;
         the rest are fresh, shuffled anew in every epoch. At most `max_steps` batches. Depends on nothing but the
         arguments and the buffer's content, so a resumed run draws the same.
         """
@@ -140,6 +140,6 @@ class ReplayBuffer:
         for start in range(0, min(len(order), max_steps * size), size):
             batch = order[start:start + size]
             held = set(batch)
-            others = [p for p in old if p not in held]
+            others = list(dict.fromkeys(p for p in old if p not in held))       # an item may have come round again
             batches.append(batch + rng.sample(others, min(replayed, len(others))))
         return batches

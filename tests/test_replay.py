@@ -251,6 +251,12 @@ def test_shares_of_a_batch(batch_size: int, ratio: float, fresh: int) -> None:
         assert len(batch) - len(new) == len(set(batch) - set(new)) == batch_size - fresh   # no repetition
 
 
+def test_a_pair_that_was_admitted_twice_is_drawn_once() -> None:
+    made = buffer(2)
+    made.add([pair("old-0"), pair("old-1")])                            # their items came round again
+    assert all(sorted(batch)[-2:] == ["old-0", "old-1"] for batch in batches(made, batch_size=8, ratio=0.5))
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_every_fresh_pair_once_an_epoch(epochs: int) -> None:
     new = [n for batch in batches(buffer(30), epochs=epochs) for n in batch if n.startswith("new")]
