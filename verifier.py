@@ -315,6 +315,10 @@ def final_text(text: str) -> str:
 
     A `<think>` that never closes leaves nothing: reasoning is not an answer. Time is linear in the text's length.
     """
+    return drop_emphasis(_final_part(text))
+
+
+def _final_part(text: str) -> str:
     head, closed, tail = text.rpartition("</think>")
     text = tail if closed else text
     if "<think>" in text:
@@ -322,21 +326,25 @@ def final_text(text: str) -> str:
     start = text.rfind("<answer>")
     if start >= 0:
         text = text[start + len("<answer>"):].partition("</answer>")[0]
-    return drop_emphasis(text)
+    return text
 
 
 def drop_emphasis(text: str) -> str:
     """A text without Markdown's bold, italics and code marks and without LaTeX's font commands; trimmed."""
-    text = _LATEX.sub(r"\1", text).replace("**", "").replace("`", "")
-    return _RULES.sub(r"\1", _STARS.sub(r"\1", text)).strip()
+    return _drop_marks(_LATEX.sub(r"\1", text))
+
+
+def _drop_marks(text: str) -> str:
+    return _RULES.sub(r"\1", _STARS.sub(r"\1", text.replace("**", "").replace("`", ""))).strip()
 
 
 def parse_score(text: str) -> float | None:
     """The score of the last JSON object with a "score" in the final text; None unless it is a number in [0, 1].
 
-    Fails closed: a last verdict that is malformed is not replaced by an earlier one.
+    Fails closed: a last verdict that is malformed is not replaced by an earlier one. LaTeX in a reason is left alone:
+    its backslashes are JSON's.
     """
-    verdict, rest = _last_object(final_text(text)[-LAST_CHARACTERS:], "score")
+    verdict, rest = _last_object(_drop_marks(_final_part(text))[-LAST_CHARACTERS:], "score")
     score = verdict.get("score")
     if re.search("[\"']score[\"']", rest) or isinstance(score, bool) or not isinstance(score, (int, float)):
         return None
@@ -374,8 +382,9 @@ _PREFERENCE = re.compile(
     r'|"better"\s?:\s?(?P<json>"[^"\n]{0,40}"|[^\s,}]{0,40})', re.IGNORECASE | re.MULTILINE)
 _LABEL = re.compile(r"(?:answer|response|assistant)?[\s(\[]*(\w+)[\s)\].:!]*", re.IGNORECASE)
 _CONDITION = re.compile(r"[\"'”\s]{0,3}if\b", re.IGNORECASE)
-_HYPOTHETICAL = re.compile(r"\b(?:if|whether|neither|nor|not (?:think|believe|say|clear|sure))\b[^.,;:!?\n]*$",
-                           re.IGNORECASE)
+_HYPOTHETICAL = re.compile(r"(?:\b(?:if|whether|neither|nor)|(?:not|n['’]t) (?:think|believe|say|clear|sure|true))\b"
+                           r"[^.,;:!?\n]*$", re.IGNORECASE)
+_EITHER = re.compile(r"\b(?:answer|response|assistant)\s?\(?\w{1,20}\)?\s?(?:or|and|/)\s?$", re.IGNORECASE)
 _OR = re.compile(r"\s?[,/]?\s?(?:or|and)?\s?", re.IGNORECASE)
 _SIDE = {"1": 1, "a": 1, "2": 2, "b": 2}
 
@@ -396,6 +405,8 @@ def parse_preference(text: str) -> int | None:
     if not stated:
         return None
     sides = [_side(next(g for g in m.groups() if g is not None)) for m in stated]
+    if stated[-1]["answer"] and _EITHER.search(final[max(0, stated[-1].start() - 40):stated[-1].start()]):
+        return None                                                  # "Answer 1 or Answer 2 is better"
     joined = len(stated) > 1 and _OR.fullmatch(final, stated[-2].end(), stated[-1].start())
     return None if joined and sides[-2] != sides[-1] else sides[-1]
 

@@ -321,6 +321,10 @@ def test_a_hostile_megabyte_takes_bounded_time(unit):
     ("Answer 1 is not better", None), ("[[A]] or [[B]]", None), ('{"better": 1.5}', None), ('{"better": null}', None),
     ('{"better": "tie"}', None), ("Both are good.", None), ("12", None), ("Verdict: A careful look", None),
     ("Overall Judgment: tie", None), ("<think>[[A]]", None), ("<think>[[A]]</think>", None), ("3", None),
-    ("Both Answer 1 and Answer 2 are good", None), ("I prefer neither", None)])
+    ("Both Answer 1 and Answer 2 are good", None), ("I prefer neither", None),
+    ("I don't think Answer 1 is better", None), ("I wouldn’t say Answer 2 is better.", None),
+    ("I cannot say Answer 2 is better", None), ("It is not true that Answer 1 is better", None),
+    ("Either Answer 1 or Answer 2 is better", None), ("Answer 1/Answer 2 is better", None),
+    ("Answer 1 is worse and Answer 2 is better", 2), ("I don't think so. Answer 2 is better", 2)])
 def test_parse_preference(text, side):
     assert parse_preference(text) == side

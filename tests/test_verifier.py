@@ -27,6 +27,7 @@ GOOD = [
     ('{"verdict": {"score": 0.6}}', 0.6), ('{"score": 0.6, "parts": {"score": 0.1}}', 0.6),
     ("<think>{\"score\": 0.1}</think>{\"score\": 0.9}", 0.9), ('<answer>{"score": 0.3}</answer>', 0.3),
     ('{"score": 0.1}</think><answer>{"score": 0.9}</answer> {"score": 0.2}', 0.9),
+    (r'{"reason": "it is \\text{12 cm}", "score": 0.9}', 0.9),
     ('{"score": 0.9, "\u4e2d": "\u2603"}', 0.9), ('{"a": "' + "x" * 9000 + '", "score": 0.9}', 0.9)]
 NONE = [
     "", " ", "0.8", "score: 0.8", '"score": 0.8', "{score: 0.8}", "{'score': 0.8}", '{"Score": 0.8}', '{"scores": 0.8}',
