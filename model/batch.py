@@ -94,8 +94,8 @@ class Row:
     sees: np.ndarray | None = None                      # (T, I) bool; Mllama only
 
     def continued(self, *texts: Sequence[int]) -> Row:
-        """The row with the tokens of `texts` after it. Each begins at the row's largest position + 1, on all three axes,
-        and sees what the row's last token sees."""
+        """The row with the tokens of `texts` after it. Each begins at the row's largest position + 1, on all three
+        axes, and sees what the row's last token sees."""
         ids = [token for text in texts for token in text]
         places = self.positions.max() + 1 + np.concatenate([np.arange(len(text)) for text in texts])
         positions = np.concatenate((self.positions, np.broadcast_to(places, (3, len(ids)))), 1)

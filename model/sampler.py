@@ -202,7 +202,8 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
                 column = torch.searchsorted(count, count[..., -1:] - back)      # of its last tokens, (G, m, replies)
                 likely = vlm.logits(hidden[row, column].flatten(0, 2)).float().softmax(-1)    # (G m replies, V)
                 likely = torch.stack([likely[:, ids].sum(-1) for ids in digits], -1)          # (G m replies, 10)
-                for number, each in zip(prompts.numbers.flatten().tolist(), likely.unflatten(0, (-1, len(back))).tolist()):
+                of_prompt = likely.unflatten(0, (-1, len(back))).tolist()                 # (G m, replies, 10)
+                for number, each in zip(prompts.numbers.flatten().tolist(), of_prompt):
                     if number >= 0:
                         found[start + number] = each
     return found

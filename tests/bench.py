@@ -319,6 +319,8 @@ def main() -> int:
             bench_peers.import_torchvision()
         print(json.dumps((SIDES if side == "ours" else bench_peers.SIDES)[job](SIZES[size], Path(folder))))
         return 0
+    if args.json and not args.json.resolve().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no such folder")
     found = measure("quick" if args.quick else "cuda" if torch.cuda.is_available() else "cpu", args.lines)
     print(table(found["lines"], found["machine"]))
     if args.json:

@@ -113,8 +113,11 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("transformers") is None:
         parser.error("transformers is needed to compare with: pip install transformers")
     dtype = getattr(torch, options.dtype)
-    vlm = load_vlm(options.folder, dtype=dtype, mllama_follow="transformers")
-    shown = Image.open(options.image) if options.image else picture(250, 170)
+    try:
+        vlm = load_vlm(options.folder, dtype=dtype, mllama_follow="transformers")
+        shown = Image.open(options.image) if options.image else picture(250, 170)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     differences = compare(vlm, load_reference(options.folder, dtype), chat(shown, options.prompt))
     for name, difference in differences.items():
         if LAYER.search(name):

@@ -39,7 +39,7 @@ from model import FAMILIES, Completion, generate, load_vlm, save_vlm
 from model.checkpoint import read_settings
 from model.processor import Chat, collate
 from model.vlm import VLM
-from tasks.flags import flag, parse_flags
+from tasks.flags import check_ranges, flag, parse_flags
 from tasks.shapes import QUESTIONS, SPLITS, draw, load, noisy, score
 from verifier import CANDIDATE, COMPARISON, RUBRIC, comparison_chat, parse_preference, rubric_chat, score_candidates
 
@@ -61,15 +61,18 @@ COMPARED, MISCOUNTED = 30, 0.4                          # pictures of red that a
 class Config:
     out: str = flag(str(Path(__file__).parent), "folder that receives one folder a checkpoint")
     only: str = flag("", "make this checkpoint only", choices=("", "student", *LADDER, "judge"))
-    seed: int = flag(0, "seed of weights, pictures and order")
-    tower_steps: int = flag(400, "the student's first steps, on plenty of pictures, for its vision tower")
-    student_steps: int = flag(120, "its further steps, for its language model, on few pictures")
-    answer_steps: int = flag(250, "a verifier's first steps, on answering alone")
-    verdict_steps: int = flag(600, "a verifier's further steps, on answering and grading")
-    judge_answer_steps: int = flag(200, "the judge's first steps, on answering alone")
-    judge_steps: int = flag(400, "its further steps, on answering and comparing: few enough to be mediocre")
-    red_first: float = flag(0.75, "share of its comparisons of red that have the better answer first")
-    lr: float = flag(2e-3, "peak learning rate")
+    seed: int = flag(0, "seed of weights, pictures and order", low=0)
+    tower_steps: int = flag(400, "the student's first steps, on plenty of pictures, for its vision tower", low=1)
+    student_steps: int = flag(120, "its further steps, for its language model, on few pictures", low=1)
+    answer_steps: int = flag(250, "a verifier's first steps, on answering alone", low=1)
+    verdict_steps: int = flag(600, "a verifier's further steps, on answering and grading", low=1)
+    judge_answer_steps: int = flag(200, "the judge's first steps, on answering alone", low=1)
+    judge_steps: int = flag(400, "its further steps, on answering and comparing: few enough to be mediocre", low=1)
+    red_first: float = flag(0.75, "share of its comparisons of red that have the better answer first", low=0, high=1)
+    lr: float = flag(2e-3, "peak learning rate", low=1e-9)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def main() -> int:
