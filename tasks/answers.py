@@ -46,8 +46,8 @@ def _braced(text: str, start: int) -> str:
 
 
 def plain(text: str) -> str:
-    """A text for comparisons: case, emphasis, dollar signs, quotes and closing punctuation do not count."""
-    text = " ".join(drop_emphasis(text).replace("$", "").casefold().split())
+    """A text for comparisons: case, emphasis, dollar signs, quotes and closing punctuation do not count, − is -."""
+    text = " ".join(drop_emphasis(text).replace("$", "").replace("−", "-").casefold().split())
     return text.strip("\"'“”‘’").rstrip(".,;:!?").rstrip()
 
 
@@ -120,8 +120,11 @@ _CORRECT = re.compile(r"([A-Z])\b(?<!\w[A-Z])[)\]]? is "
                       r"|the (?:only )?(?:correct|right|best) (?:answer|option|choice|one)\b)")
 _BEFORE_CORRECT = re.compile(r"(?:^|[^\w\s]|\n|\b(?:option|choice|answer|letter|that|so|hence|thus|therefore|only|and|"
                              r"but)) ?[(\[]?$", re.IGNORECASE)
-_ANOTHER = re.compile(r"[^\n.]{0,80}(?:,? (?:or|and) |, )[(\[]([A-Z])[)\]]|[^\n]{0,80}\n{1,2}[(\[]?([A-Z])[)\].]")
-_JOINED = re.compile(r"[)\]}$\"']{0,3}\.? ?(?:,? ?(?:or|and|/|&)|,) ?(?:options? |choices? )?"
+_ANOTHER = re.compile(r"(?:(?!\b(?:because|since|as|which|while|whereas|not|unlike|so|given|eliminat\w{1,5})\b)"
+                      r"[^\n.]){0,80}(?:,? (?:or|and) |, )[(\[]([A-Z])[)\]]")
+_NEXT_LABEL = re.compile(r"[^\w\n]{0,4}(\w[^\n]{0,80})?\n{1,2}[(\[]?([A-Z])[)\].] ?([^\n]{0,200})")
+_JOINED = re.compile(r"[)\]}$\"']{0,3}\.? ?(?:,? ?\(?(?:or|and|/|&)|,) ?"
+                     r"(?:(?:maybe|perhaps|possibly|probably|likely|even|else|also) ){0,2}(?:options? |choices? )?"
                      r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])(?![\w'’]))")
 
 
@@ -129,7 +132,8 @@ def declared_option(text: str, choices: Sequence[str]) -> int | None:
     """The last declaration: "answer is B", "Answer: (B)", "option letter is B", "B is correct", "answer is <text>".
 
     Passed over when negated, or when the letter is the article "A dog" or the pronoun "I think". Two letters joined
-    by or, and, a comma or a slash, and a capital that is no option, are no answer.
+    by or, and, a comma or a slash ("B or maybe C"), a list of options, and a capital that is no option are no answer;
+    what a next line or a clause after "because" says of the others does not count.
     """
     found = [(m.end(), False, m) for m in _HEAD.finditer(text) if not negated(text, m.start(), m.end())]
     found += [(m.end(), True, m) for m in _CORRECT.finditer(text) if not negated(text, m.start(), m.start())
@@ -154,8 +158,20 @@ def _named_after(text: str, end: int, choices: Sequence[str]) -> int | None:
         if joined and joined[joined.lastindex].upper() != match[2].upper() \
                 and (joined[1] or not _is_word(text, joined.start(2))):
             return NO_ANSWER
+    if _starts_list(text, match, choices):
+        return NO_ANSWER
     k = _index(match[2], choices)
     return None if k == NO_ANSWER and match[2].islower() and not match[1] else k     # "the answer is x + 1"
+
+
+def _starts_list(text: str, named: re.Match, choices: Sequence[str]) -> bool:
+    """Whether the next line goes on with a list that the named letter begins: "Answer:\\n(A) one\\n(B) two"."""
+    following = _NEXT_LABEL.match(text, named.end())
+    if not following or following[2] == named[2].upper():
+        return False
+    k = _index(following[2], choices)                                # "Answer: A. one\nB. two", nothing said of B
+    bare = k != NO_ANSWER and following[1] and plain(following[3]) == plain(choices[k])
+    return text[named.start() - 1] == "\n" or bool(bare)
 
 
 _FUNCTION = "because|since|as|and|or|which|is|but|due|not|for|given|based|so|with|in|at|on|by|from|where|that|are|was"
@@ -273,8 +289,9 @@ def _mentioned(flat: str, choices: Sequence[str]) -> list[tuple[int, int, int]]:
 
 
 def _whole_words(words: str) -> re.Pattern:
-    operand = r"(?! ?[-+*/^×=] ?\d)" if words[-1:].isdigit() else ""
-    return re.compile(rf"(?<![\w-])(?<!\d[.,]){re.escape(words)}(?![\w-])(?![.,]\d){operand}")
+    root = r"(?<!√)(?<!√[{( ])(?<!sqrt[{( ])" if words[:1].isdigit() else ""
+    operand = r"(?! ?(?:[-+*/^×=] ?\d|√|\\?sqrt))" if words[-1:].isdigit() else ""
+    return re.compile(rf"(?<![\w-])(?<!\d[.,]){root}{re.escape(words)}(?![\w-])(?![.,]\d){operand}")
 
 
 def _mentions(text: str, choice: str) -> bool:
@@ -284,7 +301,8 @@ def _mentions(text: str, choice: str) -> bool:
 _LONE = re.compile(r"([A-Z])(?<![\w'’\-][A-Z])(?![\w'’+#\-])")
 _BEFORE_LONE = re.compile(
     r"(?:^|[.,;:!?()（\[{\"'“*>=$-]|\n|\b(?:options?|choice|answer|letter|point|image|figure|picture|graph|object|label|"
-    r"is|be|choose|select|pick|say|with|to|therefore|so|thus|hence)) ?$", re.IGNORECASE)
+    r"is|be|choose|select|pick|say|with|to|therefore|so|thus|hence|probably|likely|perhaps|maybe|gets?|"
+    r"(?:it|that|this|answer|choice|option)['’]s)) ?$", re.IGNORECASE)
 
 
 def lone_letter(text: str, choices: Sequence[str]) -> int | None:

@@ -44,11 +44,16 @@ def check_answer(item: Item) -> Item:
         return item
     if item.answer_type in ("integer", "float"):
         try:
-            float(item.answer)
+            finite = math.isfinite(float(item.answer))
         except (TypeError, ValueError):
-            raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is not a number") from None
+            finite = False
+        if not finite:
+            raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is not a number")
     if item.answer_type == "list" and (not isinstance(item.answer, str) or read_list(item.answer) is None):
         raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is not a list written as in Python")
+    if item.answer_type == "text" and not all(
+            isinstance(a, str) and a.strip() for a in ([item.answer] if isinstance(item.answer, str) else item.answer)):
+        raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is empty")
     if item.answer_type == "choice" and not (item.choices and any(same(c, str(item.answer)) for c in item.choices)):
         raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is none of the choices {item.choices}")
     return item
@@ -58,10 +63,14 @@ def check_answer(item: Item) -> Item:
 
 _NUMBER = re.compile(r"(?<![A-Za-z_\d])(?<![A-Za-z_]-)(?:(?<![\d)\]])-)?"
                      r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
-_JOINS = re.compile(r"| ?(?:[-+*/×·÷~–]|\*\*|\\times|\\cdot|\\div|\^\{?|or|to|x) ?|[,.:]|\} ?\{| ?\\?sqrt[{(]")
-_EQUALS = re.compile(r"[})]? ?(?:=|≈|\\approx) ?")
+_JOINS = re.compile(r"|°? ?(?:[-+*/×·÷~–]|\*\*|\\times|\\cdot|\\div|\^\{?|or|to|x) ?|[,.:]|\} ?\{| ?\\?sqrt[{(]")
+_EQUALS = re.compile(r"[})]?°? ?(?:=|≈|\\approx) ?")
 _BEFORE = re.compile(r"(?:frac|sqrt|√|\^|/)[ {(]{0,2}$")
 _AFTER = re.compile(r"[})]? ?(?:\^|²|³|π|\\?pi\b|√|\\?sqrt|/|\\times|\\cdot)")
+_LATEX_DEGREE = re.compile(r"\^ ?(?:\{ ?)?\\circ(?: ?\})?")
+_UNIT_POWER = re.compile(                                            # "14 cm^2", "14 kg/m^{3}"; not "14x^2", not "14^2"
+    r"(\d[ ~]{0,3}(?:(?:k?[gmNWJ]|mol|lb)/)?(?:[ckdmnµμ]?m|in|ft|yd|mi|s|units?|inch(?:es)?|feet|foot|yards?|miles?"
+    r"|(?:centi|deci|kilo|milli)?met(?:er|re)s?))\^(?:[23](?!\d)|\{[23]\})")
 _WHOLE = re.compile(r"(?:(?:about|approximately|roughly|around) |[≈~=] ?)?[-+]?[£€¥]?[\d,.]+(?:[eE][-+]?\d+)?"
                     r" ?(?:[%°]|[^\W\d_]{1,20}\.?(?:[ /][^\W\d_]{1,20}\.?){0,2})?[²³]?[.!]?", re.IGNORECASE)
 _ANSWER_IS = re.compile(r"(?:\banswer ?(?:is|:|=)|答案 ?(?:[是为]|[:：])) ?:?\s{0,2}", re.IGNORECASE)
@@ -69,9 +78,13 @@ _SENTENCE_END = re.compile(r"(?<=[.!?]) |\n")
 
 
 def numbers(text: str) -> list[float | None]:
-    """The numbers of a text in order, None for an expression that is not evaluated; "3 + 4 = 7" is 7."""
-    for sign, meant in (("\\$", ""), ("$", ""), ("−", "-"), ("{,}", ",")):
+    """The numbers of a text in order, None for an expression that is not evaluated; "3 + 4 = 7" is 7.
+
+    LaTeX's degrees and the power of a unit ("14^\\circ", "14 cm^2") belong to no expression.
+    """
+    for sign, meant in (("\\$", ""), ("$", ""), ("−", "-"), ("{,}", ","), ("\\ ", " "), ("\\,", " "), ("\\;", " ")):
         text = text.replace(sign, meant)
+    text = _UNIT_POWER.sub(r"\1", _LATEX_DEGREE.sub("°", text))
     found: list[float | None] = []
     end = -1
     for match in _NUMBER.finditer(text):

@@ -79,7 +79,16 @@ CHOICE_RULES = {
         ("The answer is I think unclear", 9, None), ("B is not correct", 4, None),
         ("Neither A nor B is correct", 4, None), ("Vitamin C is correct", 4, None),
         ("A is the best predictor of it", 4, None), ("Answer with the letter", 4, None),
-        ("the answer is x + 1", 4, None), ("B", 4, None), ("Choices: A", 4, None)],
+        ("the answer is x + 1", 4, None), ("B", 4, None), ("Choices: A", 4, None),
+        ("The correct answer is B.\n\nA. one is wrong because it barks.\nC. three is wrong.", 4, 1),
+        ("The answer is (B).\n\n(A) is incorrect because it is.", 4, 1), ("Answer: B. two\nA. one is not seen.", 4, 1),
+        ("The answer is B.\n(C) is tempting but wrong.", 4, 1), ("The answer is (B), not (A) or (C).", 4, 1),
+        ("The answer is (B) because (A) and (C) are cats.", 4, 1), ("The answer is B.\n\nA. one\nB. two", 4, 1),
+        ("The answer is B since (A), (C) and (D) are wrong.", 4, 1), ("Answer:\n\nA. one\nB. two", 4, STOP),
+        ("Answer: A. x\nB. y\nC. z", 4, STOP), ("The answer is (A) asleep and (C) up", 4, STOP),
+        ("The answer is B or maybe C", 4, STOP), ("The answer is (B) or maybe (C)", 4, STOP),
+        ("The answer is B (or C)", 4, STOP), ("The answer is B, or possibly C", 4, STOP),
+        ("The answer is B or possibly even option (C)", 4, STOP), ("The answer is B, and likely I am right", 9, 1)],
     a.leading_label: [
         ("B. a cat", 4, 1), ("B) it", 4, 1), ("B: it", 4, 1), ("(B) it", 4, 1), ("[B] it", 4, 1), ("B\nIt is.", 4, 1),
         ("b) it", 4, 1), ("(b) it", 4, 1), ("B)45", 4, 1), ("Option B: it", 4, 1), ("- B. it", 4, 1),
@@ -99,7 +108,12 @@ CHOICE_RULES = {
         ("I would go with B here", 4, 1), ("Point B", 4, 1), ("B because it is so", 4, 1), ("A because it is so", 4, 0),
         ("Point A is closer to the camera than point B.", 4, None), ("A dog", 4, None), ("A dog is at B", 4, None),
         ("Vitamin C", 4, None), ("B or C", 4, None), ("I think so", 9, None), ("I think it is B", 9, 1),
-        ("not B", 4, None), ("Plan E", 4, None), ("B-cell", 4, None), ("A+", 4, None), ("B's", 4, None), ("", 4, None)],
+        ("not B", 4, None), ("Plan E", 4, None), ("B-cell", 4, None), ("A+", 4, None), ("B's", 4, None), ("", 4, None),
+        ("It's C.", 4, 2), ("I think it's C.", 4, 2), ("That\u2019s B", 4, 1), ("The answer's C.", 4, 2),
+        ("It's A.", 4, 0), ("Probably B", 4, 1), ("It is most likely B", 4, 1), ("We get B", 4, 1),
+        ("One gets B here", 4, 1),
+        ("It's A dog", 4, None), ("Probably A dog", 4, None), ("It's vitamin C", 4, None), ("It isn't C", 4, None),
+        ("The doctor's C", 4, None), ("unlikely B", 4, None), ("widget B", 4, None)],
 }
 
 
@@ -133,6 +147,10 @@ TEXT_RULES = {
         ("There's no dog but a cat", ANIMALS, 1),
         ("Yes, because " + "it is so " * 40, ("yes", "no"), 0), ("talk " * 60 + "a cat " + "talk " * 60, ANIMALS, None),
         ("talk " * 60 + ". So it shows a cat.", ANIMALS, 1), ("talk " * 60 + ". So not a cat.", ANIMALS, None),
+        ("x = \u22122", ("-2", "2"), 0), ("x = -2", ("\u22122", "2"), 0), ("\u22122", ("2", "3"), None),
+        ("x = \u22122", ("2", "3"), None), ("\u221a3", (r"\sqrt{3}", "3"), None), ("It is \u221a 3", ("3", "4"), None),
+        (r"It is \sqrt{3}", (r"\sqrt{3}", "3"), 0), (r"It is \sqrt{3}", ("3", "4"), None),
+        ("2\u221a3", ("2", "3"), None), ("\u221a(3)", ("3", "4"), None),
         ("", ANIMALS, None)],
 }
 
@@ -163,6 +181,12 @@ def test_read_choice(text, expected):
     assert choose(text, ANIMALS) == expected
 
 
+@pytest.mark.parametrize("text", ["\u22122", "x = \u22122", "The answer is \u22122.", "\\boxed{\u22122}", "-2"])
+def test_a_minus_sign_is_a_minus(text):
+    assert choose(text, ("-2", "2")) == choose(text, ("2", "-2"), texts_first=True) == "-2"
+    assert choose(text, ("2", "3")) is None
+
+
 def test_texts_before_letters_where_they_disagree():
     labels = ("(c)", "(a)", "(e)", "(d)", "(b)")
     assert choose("(b)", labels) == "(a)" and choose("(b)", labels, texts_first=True) == "(b)"
@@ -181,6 +205,8 @@ NUMBERS = [
     ("1, 2, 3", [1, 2, 3]), ("5.", [5]), ("1.5.", [1.5]), ("3/4", [None]), (r"\frac{3}{4}", [None]), (r"2\pi", [None]),
     ("2\u03c0", [None]), ("10^3", [None]), ("3 \u00d7 10^4", [None]), (r"\sqrt{2}", [None]), ("5 to 6", [None]),
     ("5 or 6", [None]), ("2010-2014", [None]), ("3:15", [None]), ("1,00", [None]), ("1.2.3", [None]), ("x^2", [None]),
+    (r"12^\circ + 2^\circ = 14^{\circ}", [14]), (r"5^\circ or 6\u00b0", [None]), ("14x^2", [14, None]),
+    ("14 m^3 and 2 m/s^2", [14, 2]), ("14 x^2", [14, None]), ("14 cm^20", [14, None]), ("14^2", [None]),
     ("1e999", [None]), ("H2O x2 COVID-19", []), ("nan inf", []), ("", [])]
 
 
@@ -206,6 +232,11 @@ def test_read_number(text, expected):
 
 
 @pytest.mark.parametrize("kind, precision, gold, right, wrong", [
+    ("integer", None, "14", [
+        r"14^\circ", r"$14^\circ$", r"14^{\circ}", r"\boxed{14^\circ}", r"The answer is $14^\circ$",
+        r"Answer: $14^{\circ}$", r"So x = 14^\circ", "14 cm^2", "14 cm^{2}", "14 m^3", "14 units^2",
+        r"\boxed{14\ \text{cm}^2}", r"The area is $14\,\mathrm{cm}^{2}$.", "14 kg/m^3"],
+        ["14^2", r"\boxed{14^2}", "14x^2"]),
     ("integer", None, "14", ["14", "14.0", "14 cm"], ["14.7", "13", "-14", "14%4", "", "nan"]),
     ("integer", None, "-3", ["-3", "\u22123", "It is -3."], ["3"]),
     ("integer", None, "1000", ["1,000", "1e3"], ["1 or 1000", "1000/1"]),
@@ -236,7 +267,8 @@ def test_an_unknown_answer_is_never_scored():
 
 
 @pytest.mark.parametrize("bad", [
-    item("integer", "many"), item("float", "1/2", precision=1), item("list", "1, 2"), item("choice", "x", ("a", "b"))])
+    item("integer", "many"), item("float", "1/2", precision=1), item("list", "1, 2"), item("choice", "x", ("a", "b")),
+    item("text", " "), item("text", ["Rome", ""])])
 def test_an_answer_that_is_not_of_its_type_is_refused(bad):
     with pytest.raises(ValueError, match="item '1'"):
         v.check_answer(bad)
@@ -292,7 +324,8 @@ HOSTILE = [
     " ", "\n", "\n ", "A", "(", "(A) ", "A or ", "answer ", "the answer is ", "answer is A or ", "1", "1,", "1.", "1 ",
     ",111", "1e", "1/", "-", "[", "]", "[[", "[1,", "\\boxed{", "{", "}", "\\text{", "*", "*a", "a*", "_", "_a", "**",
     "`", "<think>", "</think>", "<answer>", "not ", "is ", "so =", "a dog ", "a cat, ", "A. a dog ", "I am sorry ", "$",
-    "\u2212", "Answer 1 is better ", "[[A]] ", '"better": ', "verdict "]
+    "\u2212", "Answer 1 is better ", "(A), ", "14 m/", "\u221a3", "answer is A\nB. ",
+    "[[A]] ", '"better": ', "verdict "]
 
 
 @pytest.mark.parametrize("unit", HOSTILE)

@@ -166,7 +166,8 @@ PAIR = {"id": "1", "question": "x?", "images": [], "responses": ["a", "b"], "bet
     ({"choices": "ab"}, "'ab'"), ({"images": ["gone.png"]}, "gone.png does not exist"),
     ({"images": "a.png"}, "images a list"), ({"answer_type": "integer", "answer": "five"}, "'five' is not a number"),
     ({"precision": 1.5}, "1.5"), ({"answer_type": "list", "answer": "1, 2"}, "'1, 2' is not a list"),
-    ({"question": 3}, "question is a text")])
+    ({"question": 3}, "question is a text"), ({"answer_type": "text", "answer": " "}, "'1': the answer ' ' is empty"),
+    ({"answer_type": "text", "answer": ["a", ""]}, "is empty")])
 def test_bad_jsonl_items_are_named_by_line(row, message, tmp_path):
     path = lines(tmp_path / "t.jsonl", GOOD | {"id": "0"}, GOOD | row)
     with pytest.raises(ValueError, match=f"t.jsonl line 2: .*{message}"):
