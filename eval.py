@@ -52,7 +52,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.task:
             raise ValueError(f"--task is missing; one of {', '.join(TASKS)}")
-        if sum(source is not None for source in (self.model, self.responses, self.export)) != 1:
+        if sum(map(bool, (self.model, self.responses, self.export))) != 1:
             raise ValueError("give exactly one of --model, --responses and --export")
         if self.export and self.out:
             raise ValueError("--export names its own file: leave out --out")
@@ -228,6 +228,19 @@ class Output:
         self.config = folder / f"{stem}config.json"
 
 
+def spare_inputs(cfg: Config, *written: Path) -> None:
+    """ValueError where a file to be written is a folder, or one that is read: --data's, --responses', --model's."""
+    inputs = {"data": cfg.data, "responses": cfg.responses, "model": cfg.model and Path(cfg.model, "config.json")}
+    for path in written:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and a file is to be written there; give another name")
+        for place in (path, path.with_name(path.name + ".tmp")):            # see write_whole
+            for name, read in inputs.items():
+                if read and Path(read).exists() and place.exists() and place.samefile(read):
+                    raise ValueError(f"{place} is the file of --{name}, which would be replaced; "
+                                     f"give another --{'export' if cfg.export else 'out'}")
+
+
 def answers_from_elsewhere(path: str, items: Sequence[Item], others: bool) -> list[Response]:
     """One response an item, in the items' order; a missing one is an error, not a wrong answer."""
     found = read_responses(path, items, others)
@@ -256,10 +269,11 @@ def fingerprint(path: str | None) -> str | None:
 
 
 def open_output(cfg: Config) -> Output:
-    """The run's files; ValueError where they hold answers given under other settings. Drops a half-written line."""
+    """The run's files, less a half-written line; ValueError where they hold inputs or answers of other settings."""
     now = settings(cfg)
     name = hashlib.sha256(json.dumps(now).encode()).hexdigest()[:8]
     out = Output(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name}-{name}"))
+    spare_inputs(cfg, out.report, out.answers, out.responses, out.config)
     if out.responses.exists():
         before = json.loads(out.config.read_text()) if out.config.exists() else {}
         for field in now:
@@ -317,6 +331,8 @@ def write_results(out: Output, items: Sequence[Item], answers: Sequence[Answer],
 
 
 def evaluate(cfg: Config) -> int:
+    out = Output(cfg.out) if cfg.out else None
+    spare_inputs(cfg, *([Path(cfg.export)] if cfg.export else [out.report, out.answers] if out else []))
     items = load_task(cfg.task, cfg.data, cfg.split, cfg.limit)
     if cfg.export:
         print(f"{export_items(items, Path(cfg.export))} items written to {cfg.export}")
@@ -327,7 +343,6 @@ def evaluate(cfg: Config) -> int:
                          "such items can be trained on, not scored; choose another --split")
     items = both_orders(items)
     if cfg.responses:
-        out = Output(cfg.out) if cfg.out else None
         completions = answers_from_elsewhere(cfg.responses, items, others=cfg.limit is not None)
     else:
         out = open_output(cfg)

@@ -74,11 +74,11 @@ class Verdict:
 
 
 def open_image(source: bytes | Path) -> Image.Image:
-    """Decode an encoded picture; a broken one is a ValueError (or, for a path, names the file)."""
+    """Decode an encoded picture; a broken or a vast one is a ValueError (which, for a path, names the file)."""
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         image.load()
-    except OSError as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         name = "a picture" if isinstance(source, bytes) else f"the picture {source}"
         raise ValueError(f"cannot decode {name}: {error}") from None
     return image
@@ -135,8 +135,8 @@ def parquet_files(directory: Path, split: str) -> list[Path]:
 def read_json(path: Path) -> Any:
     """A JSON file's content; ValueError where it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
@@ -174,7 +174,8 @@ def encoded_image(value: Any, base: Path | None = None) -> bytes | Path | None:
     """A picture column as encoded bytes or a file; None where there is no picture.
 
     The Hugging Face forms: null, {"bytes", "path"} with either null, a decoded PIL picture (encoded again, without
-    loss; CMYK as RGB). A text is a file's path, relative to `base`; it must exist unless `base` is None.
+    loss; CMYK as RGB). A text is a file's path, relative to `base`; it must exist unless `base` is None. Anything
+    else is a ValueError.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -182,6 +183,8 @@ def encoded_image(value: Any, base: Path | None = None) -> bytes | Path | None:
         buffer = io.BytesIO()
         (value.convert("RGB") if value.mode == "CMYK" else value).save(buffer, "PNG")
         return buffer.getvalue()
+    if value is not None and not isinstance(value, (str, bytes, Path)):
+        raise ValueError(f"a picture is a file's path, not {str(value)[:80]}")
     if not value or isinstance(value, bytes):
         return value or None
     path = Path(value) if base is None else base / value

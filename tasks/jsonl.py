@@ -55,11 +55,20 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
 
 def make_item(row: dict, base: Path | None = None) -> Item:
     """A line's object as an item or, where it has "responses", as a pair; pictures lie below `base`."""
-    name, question = str(column(row, "id")), row.get("question") or column(row, "prompt")
-    images, group = row.get("images") or [], row.get("group") or {}
-    if not isinstance(question, str) or not isinstance(images, list) or not isinstance(group, dict):
-        raise ValueError(f"row {name!r}: question is a text, images a list and group an object")
-    pictures = [encoded_image(image, base) for image in images]
+    name, question, prompt = column(row, "id"), row.get("question"), row.get("prompt")
+    if type(name) not in (str, int) or name == "":
+        raise ValueError(f"id is {name!r}, not a non-empty text or a whole number")
+    name, images, group = str(name), row.get("images"), row.get("group")
+    for key, value, kind, form in (("question", question, str, "a text"), ("prompt", prompt, str, "a text"),
+                                   ("images", images, list, "a list"), ("group", group, dict, "an object")):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"row {name!r}: {key} is {value!r}, not {form}")
+    if not (question := question or prompt):
+        raise ValueError(f"row {name!r}: the question is missing or empty")
+    for key, value in (group := group or {}).items():
+        if not all(isinstance(each, str) for each in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"row {name!r}: group {key!r} is {value!r}, not a text or a list of texts")
+    pictures = [encoded_image(image, base) for image in images or ()]
     if "responses" in row:
         return _pair(row, name, question, tuple(p for p in pictures if p is not None), group)
     kind, choices = column(row, "answer_type"), row.get("choices")
@@ -72,7 +81,7 @@ def make_item(row: dict, base: Path | None = None) -> Item:
     precision = row.get("precision")
     if precision is not None and not (type(precision) is int or type(precision) is float and precision.is_integer()):
         raise ValueError(f"row {name!r}: precision is {precision!r}, not null or a whole number")
-    prompt, used = interleave(row.get("prompt") or _prompt(question, kind, choices), pictures)
+    prompt, used = interleave(prompt or _prompt(question, kind, choices), pictures)
     return check_answer(Item(name, "jsonl", prompt, used, _answer(row, kind, choices), kind,
                              tuple(choices) if choices else None, precision and int(precision), group))
 
@@ -127,9 +136,12 @@ class Response:
 # ---- reading and writing
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Every line's object after "FILE line N"; blank lines are passed over, anything else is a ValueError."""
+    """Every line's object after "FILE line N"; blank lines are passed over, anything else is a ValueError.
+
+    So is a text with half a surrogate pair ("\\ud800"): JSON allows it, but no file can hold it.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -137,7 +149,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path} line {number} holds {error.object[error.start]!r}, half a character") from None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is not an object")
@@ -154,14 +169,18 @@ def read_responses(path: str | Path, items: Sequence[Item], others: bool = False
     known, found = {key_of(item) for item in items}, {}
     for where, row in read_lines(path):
         name, text, swapped = row.get("id"), row.get("response"), row.get("swapped", False)
-        if not isinstance(name, (str, int)) or not isinstance(text, str) or not isinstance(swapped, bool):
+        if type(name) not in (str, int) or not isinstance(text, str) or not isinstance(swapped, bool):
             raise ValueError(f'{where}: needs "id" and "response" as text and "swapped", if any, true or false')
-        key, tokens = (str(name), swapped), row.get("tokens")
+        key, tokens, reason = (str(name), swapped), row.get("tokens"), row.get("finish_reason")
+        if reason is not None and not isinstance(reason, str):
+            raise ValueError(f"{where}: finish_reason is {reason!r}, not a text or null")
+        if tokens is not None and not (type(tokens) is int and 0 <= tokens < 2 ** 31):
+            raise ValueError(f"{where}: tokens is {tokens!r}, not a whole number from 0 to {2 ** 31 - 1}")
         if key in found:
             raise ValueError(f"{where}: a second response for item {name!r}" + " (swapped)" * swapped)
         if key not in known and not others:
             raise ValueError(f"{where}: the task has no item {name!r}" + " to swap" * swapped)
-        found[key] = Response(text, range(tokens) if isinstance(tokens, int) else None, row.get("finish_reason"))
+        found[key] = Response(text, None if tokens is None else range(tokens), reason)
     return found
 
 
@@ -200,8 +219,8 @@ def _write_image(image: bytes | Path, folder: Path) -> str:
     data = image if isinstance(image, bytes) else image.read_bytes()
     try:
         kind = (Image.open(io.BytesIO(data)).format or "bin").lower()
-    except OSError as error:
-        raise ValueError(f"cannot decode a picture: {error}") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode {'a picture' if image is data else image}: {error}") from None
     path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def check_answer(item: Item) -> Item:
     if item.answer_type in ("integer", "float"):
         try:
             finite = math.isfinite(float(item.answer))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             finite = False
         if not finite:
             raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is not a number")

@@ -164,10 +164,21 @@ PAIR = {"id": "1", "question": "x?", "images": [], "responses": ["a", "b"], "bet
     ({"id": None}, "'id'"), ({"answer": "c"}, "none of the choices"), ({"answer": 3}, "3 is no answer"),
     ({"answer_type": "mc"}, "'mc', not one of choice"), ({"choices": None}, "needs 1 to 26 choices"),
     ({"choices": "ab"}, "'ab'"), ({"images": ["gone.png"]}, "gone.png does not exist"),
-    ({"images": "a.png"}, "images a list"), ({"answer_type": "integer", "answer": "five"}, "'five' is not a number"),
+    ({"images": "a.png"}, "images is 'a.png', not a list"),
+    ({"answer_type": "integer", "answer": "five"}, "'five' is not a number"),
     ({"precision": 1.5}, "1.5"), ({"answer_type": "list", "answer": "1, 2"}, "'1, 2' is not a list"),
-    ({"question": 3}, "question is a text"), ({"answer_type": "text", "answer": " "}, "'1': the answer ' ' is empty"),
-    ({"answer_type": "text", "answer": ["a", ""]}, "is empty")])
+    ({"answer_type": "text", "answer": " "}, "'1': the answer ' ' is empty"),
+    ({"answer_type": "text", "answer": ["a", ""]}, "is empty"), ({"answer_type": "float", "answer": "nan"}, "not a num"),
+    ({"answer_type": "integer", "answer": 10 ** 400}, "not a number"),
+    ({"question": 3}, "question is 3, not a text"), ({"question": ""}, "the question is missing or empty"),
+    ({"question": None}, "the question is missing or empty"), ({"prompt": 5}, "prompt is 5, not a text"),
+    ({"prompt": ["a"]}, r"prompt is \['a'\]"), ({"images": {}}, "images is {}, not a list"),
+    ({"images": [5]}, "path, not 5"), ({"images": [True]}, "path, not True"), ({"images": [0]}, "path, not 0"),
+    ({"images": [["x.png"]]}, r"path, not \['x.png'\]"),
+    ({"images": [{"path": 5}]}, "path, not 5"), ({"group": []}, "not an object"), ({"group": {"a": 1}}, "'a' is 1"),
+    ({"group": {"a": None}}, "'a' is None"), ({"group": {"a": [1]}}, r"'a' is \[1\]"),
+    ({"group": {"a": {"b": 1}}}, "'a' is {'b': 1}"), ({"id": [1]}, r"id is \[1\]"), ({"id": {}}, "id is {}"),
+    ({"id": True}, "id is True"), ({"id": ""}, "id is ''"), ({"id": 1.5}, "id is 1.5")])
 def test_bad_jsonl_items_are_named_by_line(row, message, tmp_path):
     path = lines(tmp_path / "t.jsonl", GOOD | {"id": "0"}, GOOD | row)
     with pytest.raises(ValueError, match=f"t.jsonl line 2: .*{message}"):
@@ -184,7 +195,9 @@ def test_bad_jsonl_pairs_are_named_by_line(row, message, tmp_path):
 
 def test_jsonl_files_that_are_refused(tmp_path):
     path = tmp_path / "t.jsonl"
-    for content, message in (("{", "line 1 is not JSON"), ("[]\n", "line 1 is not an object"), ("", "no items")):
+    for content, message in (("{", "line 1 is not JSON"), ("[]\n", "line 1 is not an object"), ("", "no items"),
+                             ("[" * 100_000, "line 1 is not JSON: maximum recursion"),
+                             ('\n{"note": {"\\ud83d": 1}}', r"line 2 holds '\\ud83d'")):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             load_task("jsonl", path)
@@ -194,6 +207,13 @@ def test_jsonl_files_that_are_refused(tmp_path):
         load_task("jsonl", lines(path, GOOD, PAIR | {"id": "2"}))
     with pytest.raises(ValueError, match="does not exist"):
         load_task("jsonl", tmp_path / "gone.jsonl")
+
+
+def test_jsonl_with_a_mark_at_its_start_and_without_the_optional_keys(tmp_path):
+    path, row = tmp_path / "t.jsonl", {"id": 7, "prompt": "x?", "answer": "a", "answer_type": "text"}
+    path.write_text(json.dumps(row | {"group": {"a": "b", "c": ["d", "e"]}}), encoding="utf-8-sig")
+    item, = load_task("jsonl", path)
+    assert (item.id, item.prompt, item.images, item.group) == ("7", ("x?",), (), {"a": "b", "c": ["d", "e"]})
 
 
 @pytest.mark.parametrize("name", files.LAYOUTS)
@@ -338,3 +358,14 @@ def test_a_broken_picture_is_named_when_it_is_shown(tmp_path):
     item = make_item("mmmu", MC | {"image_1": {"bytes": b"no picture", "path": None}})
     with pytest.raises(ValueError, match="cannot decode"):
         item.chat()
+
+
+def test_a_vast_picture_is_refused_where_it_is_shown_or_exported(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(files.picture(1))
+    item = make_item("mmmu", MC | {"image_1": {"bytes": None, "path": str(tmp_path / "a.png")}})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="cannot decode the picture .*a.png: .* exceeds limit"):
+        item.chat()
+    with pytest.raises(ValueError, match="cannot decode .*a.png: .* exceeds limit"):
+        jsonl.export_items([item], tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -140,7 +140,7 @@ def task(tmp_path) -> Path:
 
 
 def write_responses(path: Path, *rows: tuple) -> Path:
-    keys = ("id", "response", "finish_reason")
+    keys = ("id", "response", "finish_reason", "tokens")
     path.write_text("".join(json.dumps(dict(zip(keys, row))) + "\n" for row in rows))
     return path
 
@@ -161,6 +161,7 @@ def run(*arguments: object) -> int:
     (["--task", "bar", "--model", "m", "--responses", "r"], "exactly one"),
     (["--task", "bar", "--model", "m", "--limit", "x"], "'x'"),
     (["--task", "bar", "--export", "e", "--out", "o"], "leave out --out"),
+    (["--task", "bar", "--export", ""], "exactly one"),
     (["--task", "mmmu", "--model", "m"], "give --data"),
     (["--task", "mmmu", "--model", "m", "--data", "gone"], "gone does not exist"),
     (["--task", "bar", "--responses", "gone.jsonl"], "cannot read gone.jsonl")])
@@ -194,6 +195,38 @@ def test_out_may_name_the_report(task, tmp_path):
     assert run("--task", "jsonl", "--data", task, "--responses", responses, "--out", responses) == 2
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["--export", "task.jsonl"], "task.jsonl is the file of --data"),
+    (["--export", "link.jsonl"], "link.jsonl is the file of --data"),
+    (["--data", "old.jsonl.tmp", "--export", "old.jsonl"], "old.jsonl.tmp is the file of --data"),
+    (["--export", "folder"], "folder is a folder"),
+    (["--data", "items.json", "--responses", "answers.jsonl", "--out", "items.json"], "the file of --data"),
+    (["--responses", "answers.json", "--out", "answers.json"], "answers.json is the file of --responses"),
+    (["--responses", "answers.jsonl", "--out", "."], "answers.jsonl is the file of --responses"),
+    (["--responses", "answers.jsonl", "--out", "folder.json"], "folder.json is a folder"),
+    (["--data", "responses.jsonl", "--model", "m", "--out", "."], "responses.jsonl is the file of --data"),
+    (["--model", ".", "--out", "."], "config.json is the file of --model")])
+def test_what_is_read_is_not_replaced(arguments, message, task, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("items.json", "old.jsonl.tmp", "responses.jsonl", "config.json"):
+        (tmp_path / name).write_bytes(task.read_bytes())
+    write_responses(tmp_path / "answers.jsonl", *((str(k), "0") for k in range(5)))
+    (tmp_path / "answers.json").write_bytes((tmp_path / "answers.jsonl").read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(task)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.json").mkdir()
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    assert run("--task", "jsonl", *(["--data", "task.jsonl"] * ("--data" not in arguments)), *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_answers_of_a_model_can_be_scored_again_in_their_folder(task, tmp_path):
+    responses = write_responses(tmp_path / "responses.jsonl", *((str(k), "0", "stop", 1) for k in range(5)))
+    assert run("--task", "jsonl", "--data", task, "--responses", responses, "--out", tmp_path) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["mean_tokens"] == 1 and responses.exists()
+
+
 ALL = [(str(k), "0") for k in range(5)]
 
 
@@ -201,7 +234,9 @@ ALL = [(str(k), "0") for k in range(5)]
     (ALL[:3], "no response for 2 of 5 questions, first '3'"),
     ([*ALL, ("0", "1")], "line 6: a second response for item '0'"),
     ([*ALL, ("9", "1")], "line 6: the task has no item '9'"), ([("0", None), *ALL[1:]], "line 1: needs"),
-    ([(None, "0")], "line 1: needs")])
+    ([(None, "0")], "line 1: needs"), ([(True, "0")], "line 1: needs"),
+    ([("0", "0", 5)], "line 1: finish_reason is 5"), ([("0", "0", ["stop"])], "line 1: finish_reason is ['stop']"),
+    *(([("0", "0", None, n)], f"line 1: tokens is {n!r}") for n in (-1, True, 2.5, "3", 2 ** 31, 10 ** 30))])
 def test_bad_responses(rows, message, task, tmp_path, capsys):
     responses = write_responses(tmp_path / "r.jsonl", *rows)
     assert run("--task", "jsonl", "--data", task, "--responses", responses) == 2
