@@ -28,14 +28,15 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     """Open a model in the published layout: a folder, or a hub id that is downloaded first.
 
     `dtype` is that of the weights in memory; None keeps the files'. Strict: an unknown model_type, a missing, extra or
-    misshapen tensor, a truncated file are a ValueError that names the culprit. `mllama_follow` "transformers" makes
-    Llama-3.2-Vision treat the tokens before the first picture as that library does, not as the weights were trained.
+    misshapen tensor, one with NaN or infinity, a truncated file are a ValueError that names the culprit.
+    `mllama_follow` "transformers" makes Llama-3.2-Vision treat the tokens before the first picture as that library
+    does, not as the weights were trained.
     """
     if mllama_follow not in ("meta", "transformers"):
         raise ValueError(f"mllama_follow is {mllama_follow!r}, not 'meta' or 'transformers'")
     device, folder = pick_device(device), resolve_folder(path_or_hub_id)
     config = read_settings(folder, "config.json")
-    if config["model_type"] not in FAMILIES:
+    if config["model_type"] not in list(FAMILIES):                      # by equality: a list has no hash
         raise ValueError(f"{folder}/config.json: model_type {config['model_type']!r} is not one of {sorted(FAMILIES)}")
     family = FAMILIES[config["model_type"]]
     with torch.device("meta"):
@@ -44,7 +45,10 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     vlm.folder = folder
     vlm.processor = family.make_processor(folder, config)
     stop = read_settings(folder, "generation_config.json")["eos_token_id"]
-    vlm.stop_ids = frozenset([stop] if isinstance(stop, int) else stop)
+    stops = stop if isinstance(stop, list) else [stop]
+    if not stops or any(type(token) is not int or token < 0 for token in stops):
+        raise ValueError(f"{folder}/generation_config.json: eos_token_id is {stop!r:.80}, no token id or list of them")
+    vlm.stop_ids = frozenset(stops)
     return vlm.eval()
 
 

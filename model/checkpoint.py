@@ -21,13 +21,41 @@ from torch import Tensor, nn
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COUNTS = frozenset((                                                # fields that are positive integers
+    "attention_heads", "depth", "head_dim", "height", "hidden_size", "image_size", "in_channels", "in_chans",
+    "intermediate_size", "max_image_tiles", "max_num_tiles", "merge_size", "num_attention_heads", "num_channels",
+    "num_global_layers", "num_heads", "num_hidden_layers", "num_key_value_heads", "num_position_embeddings",
+    "out_hidden_size", "patch_size", "spatial_merge_size", "temporal_patch_size", "vocab_size", "width", "window_size"))
+LISTS = frozenset((
+    "cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes", "image_mean", "image_std",
+    "intermediate_layers_indices", "mrope_section", "supported_aspect_ratios"))
+PARTS = frozenset((                                                 # fields that are objects
+    "image_processor", "rope_parameters", "rope_scaling", "size", "text_config", "vision_config", "weight_map"))
 COPIED = ("*.json", "*.jinja", "merges.txt", "LICENSE*")            # what a model folder holds beside its weights
 
 
 class Settings(dict):
-    """A JSON object; a missing field is a ValueError that names it: no default stands in for a published value."""
+    """A JSON object; a missing field is a ValueError that names it: no default stands in for a published value.
+
+    So are, when asked for, COUNTS that are no positive integers, LISTS that are no lists, PARTS that are no objects.
+    """
 
     source = ""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if key in COUNTS and (type(value) is not int or value < 1):
+            raise ValueError(f"{self.source}: {key} is {value!r:.80}, not a positive integer")
+        if key in LISTS and not isinstance(value, list):
+            raise ValueError(f"{self.source}: {key} is {value!r:.80}, not a list")
+        if key in PARTS and not isinstance(value, Settings):
+            raise ValueError(f"{self.source}: {key} is {value!r:.80}, not an object")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The field, or `default` where it is missing or null."""
+        return default if super().get(key) is None else self[key]
 
     def __missing__(self, key: str) -> Any:
         raise ValueError(f"{self.source} lacks the field {key!r}")
@@ -86,6 +114,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     index_path, single = folder / INDEX, folder / "model.safetensors"
     if index_path.is_file():
         index = read_settings(folder, INDEX)["weight_map"]
+        if strange := [name for name, file in index.items() if not isinstance(file, str)]:
+            raise ValueError(f"{index_path}: the file of {strange[0]} is {index[strange[0]]!r:.80}, not a name")
         files = [folder / name for name in sorted(set(index.values()))]
     elif single.is_file():
         index, files = None, [single]
@@ -119,8 +149,8 @@ def load_weights(model: nn.Module, folder: Path, rename: tuple[tuple[str, str], 
     """Fill `model`, built on the meta device, from `folder`; one tensor at a time, onto `device` in `dtype`.
 
     `rename` maps names on disk to parameter names (re.sub, in order). `dtype` None keeps the files' own. The sets of
-    names must be equal and every shape must match, else ValueError. Returns parameter name -> name on disk, and the
-    dtype of the files (of their last tensor: published files hold one).
+    names must be equal, every shape must match and every number be finite, else ValueError. Returns parameter name ->
+    name on disk, and the dtype of the files (of their last tensor: published files hold one).
     """
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     files, names = tensor_files(folder), {}
@@ -150,6 +180,10 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, path
             dtype: torch.dtype | None) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(shape)}")
+    if tensor.dtype not in WEIGHTS:
+        raise ValueError(f"{path}: {name} is {tensor.dtype}; weights are {', '.join(map(str, WEIGHTS))}")
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):     # NaN is both; nothing of its size is allocated
+        raise ValueError(f"{path}: {name} holds NaN or infinity")
     module_name, _, attribute = name.rpartition(".")
     parameter = nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype), requires_grad=True)
     setattr(model.get_submodule(module_name), attribute, parameter)
@@ -186,11 +220,12 @@ def copy_settings(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     """Yields an empty folder that takes the name `target` only once everything in it is written and synced.
 
     An existing `target` is replaced then; whatever interrupts the writing leaves it untouched. (Killed between two
-    renames, in no time at all, the old one is found beside it as .NAME.PID.old.)
+    renames, in no time at all, the old one is found beside it as .NAME.PID.old.) With `replace` False one that holds
+    anything is a FileExistsError, even if it appeared in the meantime.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.new")
@@ -200,13 +235,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield aside
         for path in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
             _sync(path)
-        if target.exists():
+        if replace and target.exists():
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             os.replace(target, old)
             os.replace(aside, target)
             shutil.rmtree(old)
         else:
-            os.replace(aside, target)
+            try:
+                os.replace(aside, target)                            # never over a folder that holds something
+            except OSError:
+                if target.exists():
+                    raise FileExistsError(f"{target} exists") from None
+                raise
         _sync(target.parent)
     finally:
         if aside.exists():

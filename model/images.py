@@ -47,7 +47,13 @@ class Normalizer:
     """uint8 to fp32: the product with 1 / 255 in fp64, then the mean and spread of each channel in fp32."""
 
     def __init__(self, c: Settings):
+        for name in ("image_mean", "image_std"):
+            if [type(x) in (int, float) for x in c[name]] != [True] * 3:
+                raise ValueError(f"{c.source}: {name} is {c[name]!r:.80}, not three numbers")
         self.mean, self.std = (np.array(c[k], np.float32) for k in ("image_mean", "image_std"))
+        if not np.isfinite([self.mean, self.std]).all() or self.std.min() <= 0:
+            raise ValueError(f"{c.source}: image_mean is {c['image_mean']} and image_std is {c['image_std']}; "
+                             "they must be finite, image_std above 0")
 
     def __repr__(self) -> str:
         return f"Normalizer({self.mean.tolist()}, {self.std.tolist()})"

@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
+import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import whole_folder, write_json, write_text
+from .checkpoint import read_settings, whole_folder, write_json, write_text
 from .sampler import Completion, generate
 from .vlm import VLM, pick_device
 
@@ -42,8 +44,15 @@ class NonFinite(ArithmeticError):
     """The loss or its gradient is NaN or infinite; nothing was updated."""
 
 
+class Alone(RuntimeError):
+    """The other processes of the run do not answer: one of them ended, most often by an error of its own."""
+
+
 class Ranks:
-    """The processes of a run, as torchrun describes them in the environment; one process without it."""
+    """The processes of a run, as torchrun describes them in the environment; one process without it.
+
+    Methods that need the other processes raise Alone when one of them is gone.
+    """
 
     def __init__(self, device: str | None = None):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -51,7 +60,8 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            with self._together():
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.stop_requested, self.is_patient = False, False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -64,6 +74,15 @@ class Ranks:
     def __exit__(self, *_: Any) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around a call of torch.distributed, whose errors are RuntimeErrors."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]      # without a place in the sources
+            raise Alone(f"rank {self.rank} cannot reach the other ranks: {reason}") from None
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -101,7 +120,8 @@ class Ranks:
         """The value of every rank, on every rank."""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            with self._together():
+                dist.all_gather_object(values, value)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -111,7 +131,8 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with self._together():
+                dist.all_reduce(tensor)
         return tensor
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -123,7 +144,8 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
 
 
 def exit_status(program: str, work: Callable[[Ranks], int], device: str | None) -> int:
@@ -135,7 +157,7 @@ def exit_status(program: str, work: Callable[[Ranks], int], device: str | None) 
         message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
     except FileExistsError as error:
         message, status = str(error), 2
-    except (ValueError, OSError, ModuleNotFoundError, NonFinite) as error:
+    except (ValueError, OSError, ModuleNotFoundError, NonFinite, Alone) as error:
         message, status = str(error), 1
     print(f"{program}: {message}", file=sys.stderr)
     return status
@@ -147,25 +169,33 @@ class Run:
     def __init__(self, cfg: Any, ranks: Ranks):
         self.cfg, self.ranks, self.folder = cfg, ranks, Path(cfg.out)
         self.checkpoints = self.folder / "checkpoints"
-        if ranks.any(self.folder.exists()) and not cfg.resume:
-            raise FileExistsError(f"{self.folder} exists; continue it with --resume, or choose another --out")
+        if not cfg.resume:
+            self._refuse(self.folder.exists())
         if cfg.resume and not (self.folder / "config.json").is_file():
             raise ValueError(f"cannot resume: {self.folder} is not a run, it holds no config.json")
 
     def start(self, **identities: str) -> None:
         """Make the folder with its config.json: the flags and `identities`. Those of a resumed run must be equal.
 
-        Raises ValueError that names the field which is not.
+        Raises ValueError that names the field which is not; FileExistsError if another run has made the folder since.
         """
         now = {k: v for k, v in asdict(self.cfg).items() if k not in NOT_COMPARED} | identities
-        path = self.folder / "config.json"
+        taken = False
         if self.cfg.resume:
-            check_same(json.loads(path.read_text(encoding="utf-8")), now)
+            check_same(dict(read_settings(self.folder, "config.json")), now)
         elif self.ranks.first:
-            with whole_folder(self.folder) as folder:
-                (folder / "checkpoints").mkdir()
-                write_json(folder / "config.json", now)
-        self.ranks.barrier()
+            try:
+                with whole_folder(self.folder, replace=False) as folder:
+                    (folder / "checkpoints").mkdir()
+                    write_json(folder / "config.json", now)
+            except FileExistsError:
+                taken = True
+        self._refuse(taken)
+
+    def _refuse(self, taken: bool) -> None:
+        """FileExistsError on every rank if the folder is `taken` on one."""
+        if self.ranks.any(taken):
+            raise FileExistsError(f"{self.folder} exists; continue it with --resume, or choose another --out")
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -216,9 +246,16 @@ class Run:
 
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint's state, None if there is none; leftovers of an interrupted write are removed, and
-        metrics.jsonl is cut back to the checkpoint's step."""
-        found = sorted(self.checkpoints.glob("step-*"))
-        state = read_state(found[-1] / "state.pt") if found else None
+        metrics.jsonl is cut back to the checkpoint's step.
+
+        Raises ValueError that names a damaged file, and says how to go on from an older checkpoint if there is one.
+        """
+        *older, newest = [None, *sorted(self.checkpoints.glob("step-*"))]
+        try:
+            state = read_state(newest / "state.pt") if newest else None
+        except ValueError as error:
+            way_out = f"; remove {newest} to resume from {older[-1].name}" if older[-1] else ", the only checkpoint"
+            raise ValueError(f"{error}{way_out}") from None
         self.ranks.barrier()
         if self.ranks.first:
             for left in [*self.checkpoints.glob(".step-*"), *self.folder.glob(".candidate.*")]:
@@ -239,18 +276,31 @@ class Run:
     def _cut_metrics(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]                 # a killed run may leave half a line
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            kept = []
+            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+                try:
+                    if line.endswith(b"\n") and json.loads(line)["step"] <= step:   # a killed run may leave half a line
+                        kept.append(line.decode())
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"{path}, line {number} holds no step: {line!r:.80}") from None
             write_text(path, "".join(kept))
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's content; a damaged file is a ValueError that names it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+            pickle.UnpicklingError, struct.error) as error:
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise ValueError(f"{path} is damaged: it holds no step")
+    return state
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows; its name if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:

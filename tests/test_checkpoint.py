@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,80 @@ def test_absent_shard_and_absent_tensor(tmp_path: Path) -> None:
         load_vlm(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"names model-00002-of-00003\.safetensors, which is absent"):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_no_numbers(value: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """One number among many; the largest of the dtype are numbers, although their sum is not."""
+    folder = write_checkpoint(tmp_path / "model", CONFIGS["qwen3_vl"]())
+    most = torch.finfo(dtype).max
+    name = "model.language_model.embed_tokens.weight"
+    edit_weights(folder, lambda w: w.update({name: torch.full((272, 48), most, dtype=dtype)}))
+    load_vlm(folder, dtype=None)
+    edit_weights(folder, lambda w: w[name].view(-1)[7777:7778].fill_(float(value)))
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*embed_tokens\.weight holds NaN or infinity"):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.float8_e4m3fn])
+def test_dtypes_that_are_no_weights(dtype: torch.dtype, folder: Path) -> None:
+    edit_weights(folder, lambda w: w.update({norm_name(folder): torch.ones(48).to(dtype)}))
+    with pytest.raises(ValueError, match=rf"norm\.weight is {dtype}; weights are torch\.float32, "):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize("content, told", [([], r"weight_map is \[\], not an object"), (None, "weight_map is None"),
+                                           ({"a": 1}, "the file of a is 1, not a name"),
+                                           ({"a": ["b"]}, "the file of a is .*, not a name")])
+def test_malformed_index(content: object, told: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", CONFIGS["qwen3_vl"](), shards=2)
+    edit_json(folder / INDEX, lambda i: i.update(weight_map=content))
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json: {told}"):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize("value", [None, "abc", [], {}, 1.5, True, -1, [258, None], [[258]]])
+def test_malformed_stop_tokens(value: object, folder: Path) -> None:
+    edit_json(folder / "generation_config.json", lambda c: c.update(eos_token_id=value))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is "):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize("value", [None, "abc", 1.5, -1, 0, True, [48], {}])
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])
+def test_counts_that_are_none(key: str, value: object, folder: Path) -> None:
+    edit_json(folder / "config.json", lambda c: c.get("text_config", c).update({key: value}))
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {key} is {value!r}, not a positive integer")):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize("value", [None, "abc", [{}], 1])
+@pytest.mark.parametrize("key", ["text_config", "vision_config"])
+def test_parts_that_are_none(key: str, value: object, folder: Path) -> None:
+    if key == "text_config" and value is None and "text_config" not in json.loads((folder / "config.json").read_text()):
+        pytest.skip("a flat file, in which null is as good as absent")
+    edit_json(folder / "config.json", lambda c: c.update({key: value}))
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {key} is {value!r}, not an object")):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize("value", [None, "abc", 1, {}])
+@pytest.mark.parametrize("family, part, key", [
+    ("qwen3_vl", "vision_config", "deepstack_visual_indexes"), ("qwen2_5_vl", "vision_config", "fullatt_block_indexes"),
+    ("mllama", "text_config", "cross_attention_layers"), ("mllama", "vision_config", "supported_aspect_ratios")])
+def test_lists_that_are_none(family: str, part: str, key: str, value: object, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CONFIGS[family]())
+    edit_json(folder / "config.json", lambda c: c[part].update({key: value}))
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {key} is {value!r}, not a list")):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize("value", [[], ["qwen3_vl"], None, {}, 1])
+def test_model_type_that_is_no_name(value: object, folder: Path) -> None:
+    edit_json(folder / "config.json", lambda c: c.update(model_type=value))
+    with pytest.raises(ValueError, match=re.escape(f"model_type {value!r} is not one of")):
         load_vlm(folder)
 
 

@@ -113,6 +113,19 @@ def test_newer_preprocessing_file(tmp_path: Path) -> None:
         QwenImages(tmp_path)
 
 
+@pytest.mark.parametrize("family, key, value", [
+    *(("qwen3_vl", key, value) for key in ("patch_size", "merge_size", "temporal_patch_size")
+      for value in (0, -1, 1.5, "x", None, True)),
+    ("mllama", "max_image_tiles", 0), ("mllama", "size", [28, 28]), ("qwen3_vl", "size", 448),
+    *((family, key, value) for family in PREPROCESSING for key in ("image_mean", "image_std")
+      for value in ([0.5, 0.5], 0.5, None, ["a", 0.5, 0.5], [[0.5], 0.5, 0.5], [0.5, 0.5, float("nan")])),
+    ("mllama", "image_std", [0.5, 0, 0.5]), ("qwen3_vl", "image_std", [0.5, 1e-60, 0.5])])
+def test_malformed_preprocessing(family: str, key: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSING[family], key: value}))
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: .*{key} "):
+        (MllamaImages if family == "mllama" else QwenImages)(tmp_path)
+
+
 @pytest.mark.parametrize("message, culprit", [
     ({"role": "tool", "content": "x"}, "tool"),
     ({"role": "user", "content": [{"type": "video", "video": "x"}]}, "video"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from model.checkpoint import whole_folder, write_json
-from model.run import Interrupted, Ranks, Run, check_same, folder_digest
+from model.run import Alone, Interrupted, Ranks, Run, check_same, exit_status, folder_digest
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,27 @@ def test_one_process_without_torchrun(ranks: Ranks) -> None:
     assert without.grad.tolist() == [0, 0, 0] and with_one.grad.tolist() == [2, 2, 2]
 
 
+def test_the_other_ranks_are_gone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """An error of torch.distributed, of many lines, is one sentence; an error of the work itself stays what it is."""
+    def closed(*_: Any) -> None:
+        raise RuntimeError("[/gloo/pair.cc:553] Connection closed by peer. Good luck\nException raised from\nframe #0")
+    for name in ("all_gather_object", "all_reduce", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, closed)
+    two = Share(1, 2, [])
+    monkeypatch.setattr("model.run.Ranks", lambda device: two)
+    for work in (lambda r: Ranks.gather(r, 1), lambda r: r.sum(torch.ones(1)), lambda r: r.barrier()):
+        assert exit_status("train.py", work, "cpu") == 1
+        assert capsys.readouterr().err == "train.py: rank 1 cannot reach the other ranks: Connection closed by peer\n"
+    with pytest.raises(Alone):
+        two.sum(torch.ones(1))
+    with pytest.raises(RuntimeError, match="^shape$"):
+        exit_status("train.py", lambda r: closed_by_work(), "cpu")
+
+
+def closed_by_work() -> int:
+    raise RuntimeError("shape")
+
+
 @pytest.mark.parametrize("device", ["abacus", "cuda"])
 def test_devices_that_are_not_there(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -167,6 +189,19 @@ def test_whole_folder_interrupted(tmp_path: Path, error: type[BaseException]) ->
     assert names(target) == ["old"]
 
 
+def test_whole_folder_that_replaces_nothing(tmp_path: Path) -> None:
+    """Neither a folder that was there nor one that appeared meanwhile; an error of another kind stays what it is."""
+    target = tmp_path / "target"
+    with whole_folder(target, replace=False) as folder:
+        (folder / "a").write_text("first")
+    for late in (False, True):
+        late and target.rename(tmp_path / "later")
+        with pytest.raises(FileExistsError, match="target exists"), whole_folder(target, replace=False) as folder:
+            (folder / "b").write_text("second")
+            late and (tmp_path / "later").rename(target)
+        assert names(tmp_path) == ["target"] and (target / "a").read_text() == "first"
+
+
 def test_write_json_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
@@ -200,6 +235,26 @@ def test_folders_that_are_no_runs(run: Run, tmp_path: Path, ranks: Ranks) -> Non
             Run(Flags(str(tmp_path / name), resume=True), ranks)
 
 
+def test_two_runs_of_one_folder(tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture) -> None:
+    """Begun at the same time: the second loses nothing of the first, and is told what it would have been told later."""
+    first, second = (Run(Flags(str(tmp_path / "run")), ranks) for _ in range(2))
+    first.start(reference="abc")
+    first.save("step-000001-001", {"step": 1})
+    assert exit_status("train.py", lambda ranks: second.start(reference="abd"), "cpu") == 2
+    assert capsys.readouterr().err == (
+        f"train.py: {tmp_path / 'run'} exists; continue it with --resume, or choose another --out\n")
+    assert names(tmp_path) == ["run"] and resumed(first).load() == {"step": 1}
+    resumed(first).start(reference="abc")
+
+
+@pytest.mark.parametrize("text, told", [("[1]", "does not hold a JSON object"), ('{"lr": 0.', "is not JSON"),
+                                        ("", "is not JSON"), ("\xff", "is not JSON")])
+def test_resume_from_damaged_flags(run: Run, text: str, told: str) -> None:
+    (run.folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"config.json {told}"):
+        resumed(run).start(reference="abc")
+
+
 def test_resume_compares_flags_and_identities(run: Run) -> None:
     resumed(run).start(reference="abc")
     resumed(run, device="other").start(reference="abc")
@@ -228,6 +283,43 @@ def test_checkpoints(run: Run) -> None:
     assert found["step"] == 100 and found["weights"].tolist() == [100, 100]
     run.save("step-000100-002", {"step": 100})
     assert names(run.checkpoints) == ["step-000100-001", "step-000100-002"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "list", "no step", "absent"])
+def test_damaged_checkpoints(run: Run, damage: str) -> None:
+    """One sentence that says what to remove; nothing is lost, and without the damaged one the run goes on."""
+    def spoil(path: Path) -> None:
+        if damage in ("list", "no step"):
+            torch.save([1, 2] if damage == "list" else {"steps": 1}, path)
+        elif damage == "absent":
+            path.unlink()
+        else:
+            path.write_bytes({"empty": b"", "garbage": b"garbage\n", "truncated": path.read_bytes()[:-100]}[damage])
+    run.log({"step": 2})
+    older, newest = (run.checkpoints / f"step-00000{step}-001" for step in (1, 2))
+    for step, folder in enumerate((older, newest), 1):
+        run.save(folder.name, {"step": step, "weights": torch.ones(99)})
+    spoil(newest / "state.pt")
+    with pytest.raises(ValueError, match=re.escape(str(newest / "state.pt")) + " is damaged: .+; "
+                       + re.escape(f"remove {newest} to resume from {older.name}") + "$"):
+        resumed(run).load()
+    assert (run.folder / "metrics.jsonl").read_text() == '{"step": 2}\n'
+    newest.rename(run.folder / "damaged")
+    assert resumed(run).load()["step"] == 1
+    spoil(older / "state.pt")
+    with pytest.raises(ValueError, match="is damaged: .*, the only checkpoint$"):
+        resumed(run).load()
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"[1]", b"{}", b'{"step": "x"}', b"\xff"])
+def test_a_damaged_log(run: Run, line: bytes) -> None:
+    path = run.folder / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
+    run.save("step-000002-001", {"step": 2})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2 holds no step: "):
+        resumed(run).load()
+    assert path.read_bytes() == before
 
 
 def test_a_failed_save_leaves_the_older_ones(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
