@@ -399,9 +399,9 @@ def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
 def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> None:
     """Checkpoint: the weights that are trained, the optimiser, the state with its pairs, and the replay buffer's."""
     fresh, buffer = (None if pairs is None else [vars(p) for p in pairs] for pairs in (state.fresh, replay.pairs))
-    held = vars(state) | {"fresh": fresh}               # not asdict, which copies all that was ever answered
+    held = vars(state) | {"fresh": fresh, "buffer": buffer}         # not asdict, which copies all that was answered
     run.save(f"step-{state.step:06d}-{len(state.rounds):03d}",
-             {"step": state.step, "state": held, "buffer": buffer, **training_state(student, optimiser)})
+             {"step": state.step, "state": held, **training_state(student, optimiser)})
 
 
 def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
@@ -410,8 +410,8 @@ def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: Re
     if saved is None:
         return State()
     load_training_state(student, optimiser, saved)
+    replay.pairs.extend(Pair(**p) for p in saved["state"].pop("buffer"))
     state = State(**saved["state"])
-    replay.pairs.extend(Pair(**p) for p in saved["buffer"])
     state.fresh = None if state.fresh is None else [Pair(**p) for p in state.fresh]
     run.say(f"resumed at step {state.step}")
     return state
