@@ -33,7 +33,7 @@ from model.optimise import (DTYPES, check_trainable, frozen_self, load_trainable
                             optimiser_step, training_state)
 from model.pairs import PairRows, pack_pairs
 from model.processor import Chat
-from model.run import Interrupted, Ranks, Run, exit_status, folder_digest
+from model.run import Interrupted, Ranks, Run, exit_status, folder_digest, state_fields
 from model.survey import draw_items, right_way
 from model.vlm import FeatureCache
 from replay import Pair, ReplayBuffer, form_pairs, select_pair
@@ -398,8 +398,7 @@ def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
 
 def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> None:
     """Checkpoint: the weights that are trained, the optimiser, the state with its pairs, and the replay buffer's."""
-    fresh, buffer = (None if pairs is None else [vars(p) for p in pairs] for pairs in (state.fresh, replay.pairs))
-    held = vars(state) | {"fresh": fresh, "buffer": buffer}         # not asdict, which copies all that was answered
+    held = state_fields(state) | {"buffer": [vars(p) for p in replay.pairs]}
     run.save(f"step-{state.step:06d}-{len(state.rounds):03d}",
              {"step": state.step, "state": held, **training_state(student, optimiser)})
 

@@ -38,7 +38,7 @@ from . import Completion, generate, save_vlm
 from .optimise import (DTYPES, check_trainable, load_trainable, load_training_state, make_optimiser, optimiser_step,
                        training_state)
 from .processor import Chat, Picture, collate
-from .run import Interrupted, Ranks, Run, exit_status, folder_digest
+from .run import Interrupted, Ranks, Run, exit_status, folder_digest, state_fields
 from .vlm import VLM
 
 DEMO = ("bar", "red")
@@ -381,7 +381,7 @@ def save(run: Run, state: State, vlm: VLM, optimiser: torch.optim.Optimizer) -> 
     """Checkpoint: the weights that are trained, the optimiser, and the state with its pairs and judgments."""
     number = 2 * len(state.iterations) + (state.kept is not None)
     run.save(f"step-{state.step:06d}-{number:03d}",
-             {"step": state.step, "state": asdict(state), **training_state(vlm, optimiser)})
+             {"step": state.step, "state": state_fields(state), **training_state(vlm, optimiser)})
 
 
 def restore(run: Run, vlm: VLM) -> tuple[State, torch.optim.Optimizer]:

@@ -17,7 +17,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -296,6 +296,13 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise ValueError(f"{path} is damaged: it holds no step")
     return state
+
+
+def state_fields(state: Any) -> dict[str, Any]:
+    """The fields of a script's State, for a checkpoint: dataclasses in a list as their fields, nothing else is copied.
+    (dataclasses.asdict copies all that was ever answered, at every save.)"""
+    return {name: [vars(each) if is_dataclass(each) else each for each in value] if isinstance(value, list) else value
+            for name, value in vars(state).items()}
 
 
 def first_line(error: BaseException) -> str:
