@@ -331,7 +331,7 @@ def write_results(out: Output, items: Sequence[Item], answers: Sequence[Answer],
 
 
 def evaluate(cfg: Config) -> int:
-    out = Output(cfg.out) if cfg.out else None
+    out = Output(cfg.out) if cfg.out and cfg.responses else None
     spare_inputs(cfg, *([Path(cfg.export)] if cfg.export else [out.report, out.answers] if out else []))
     items = load_task(cfg.task, cfg.data, cfg.split, cfg.limit)
     if cfg.export:
