@@ -126,8 +126,8 @@ class ReplayBuffer:
                 seed: int) -> list[list[Pair]]:
         """The round's steps: `epochs` passes over the fresh pairs, each batch filled up from the buffer.
 
-        round(ratio * batch_size) places of a batch are drawn from the buffer, none twice and none that is already in; the
-        rest are fresh, shuffled anew in every epoch. At most `max_steps` batches. Depends on nothing but the
+        round(ratio * batch_size) places of a batch are drawn from the buffer, none twice and none that is already in;
+        the rest are fresh, shuffled anew in every epoch. At most `max_steps` batches. Depends on nothing but the
         arguments and the buffer's content, so a resumed run draws the same.
         """
         if not 0.0 <= ratio < 1.0:

@@ -8,8 +8,9 @@ Letters: G rows, m prompts of the row with the most, T tokens of a row.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from .batch import Batch, Row, collate
 from .images import Picture
 from .layers import Tree
 
+T = TypeVar("T")
 LONGEST = 8192                                          # tokens of a row that holds several prompts
 
 
@@ -30,6 +32,10 @@ class Prompts:
     last: Tensor                # (G, m) the column of its last token
     visible: Tensor             # (G, m, T) bool: the columns that it consists of
     position: Tensor            # (G, m) its largest position
+
+    def numbered(self, values: Iterable[T]) -> Iterator[tuple[int, T]]:
+        """The prompts' numbers, each with its one of G m `values`; those that are none are left out."""
+        return (pair for pair in zip(self.numbers.flatten().tolist(), values) if pair[0] >= 0)
 
     def to(self, device: torch.device | str) -> Prompts:
         return Prompts(*(getattr(self, each.name).to(device) for each in fields(self)))

@@ -111,16 +111,23 @@ def generate(vlm: VLM, chats: list[Chat], n: int = 1, max_new_tokens: int = 256,
     seen: Counter[str] = Counter()
     completions: list[list[Completion]] = [[] for _ in chats]
     with prepared(vlm, len(chats) * n * max_new_tokens):
-        for start in range(0, len(chats), batch_size):
-            pictures: dict[str, Picture] = {}
-            rows = vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)
+        for start, rows, packed in packed_batches(vlm, chats, batch_size):
             uniforms = draw_uniforms(rows, n, max_new_tokens, seed, seen) if temperature else None
-            for prompts in pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id):
-                tokens = sample_batch(vlm, prompts, n, how, uniforms).tolist()
-                for k, number in enumerate(prompts.numbers.flatten().tolist()):
-                    if number >= 0:
-                        completions[start + number] = [finish(vlm, row) for row in tokens[k * n:(k + 1) * n]] * copies
+            for prompts in packed:
+                tokens = sample_batch(vlm, prompts, n, how, uniforms)                         # (G m n, t)
+                for number, samples in prompts.numbered(tokens.unflatten(0, (-1, n)).tolist()):
+                    completions[start + number] = [finish(vlm, row) for row in samples] * copies
     return completions
+
+
+def packed_batches(vlm: VLM, chats: list[Chat], batch_size: int,
+                   reply: Sequence[int] = ()) -> Iterator[tuple[int, list[Row], list[Prompts]]]:
+    """`batch_size` chats at a time, each with what begins its `reply`: the first one's number, their rows, packed."""
+    for start in range(0, len(chats), batch_size):
+        pictures: dict[str, Picture] = {}
+        rows = vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)
+        rows = [row.continued(reply) for row in rows] if reply else rows
+        yield start, rows, pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id)
 
 
 def sample_batch(vlm: VLM, prompts: Prompts, n: int, how: Sampling, uniforms: Tensor | None) -> Tensor:
@@ -190,11 +197,8 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
             raise ValueError(f"the tokens of {reply!r} do not begin those of {replies[-1]!r}")
     digits = [torch.tensor(ids, dtype=torch.long, device=vlm.device) for ids in vlm.processor.digits]
     with prepared(vlm, tokens=0):
-        for start in range(0, len(chats), batch_size):
-            pictures: dict[str, Picture] = {}
-            rows = [row.continued(longest)
-                    for row in vlm.processor.rows(chats[start:start + batch_size], pictures, first=start)]
-            for prompts in pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id):
+        for start, _, packed in packed_batches(vlm, chats, batch_size, longest):
+            for prompts in packed:
                 prompts = prompts.to(vlm.device)
                 hidden = vlm.hidden(prompts.batch, vlm.image_features(prompts.batch))         # (G, T, H)
                 back = torch.tensor([len(longest) - len(ids) for ids in encoded], device=vlm.device)
@@ -202,10 +206,8 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
                 column = torch.searchsorted(count, count[..., -1:] - back)      # of its last tokens, (G, m, replies)
                 likely = vlm.logits(hidden[row, column].flatten(0, 2)).float().softmax(-1)    # (G m replies, V)
                 likely = torch.stack([likely[:, ids].sum(-1) for ids in digits], -1)          # (G m replies, 10)
-                of_prompt = likely.unflatten(0, (-1, len(back))).tolist()                 # (G m, replies, 10)
-                for number, each in zip(prompts.numbers.flatten().tolist(), of_prompt):
-                    if number >= 0:
-                        found[start + number] = each
+                for number, each in prompts.numbered(likely.unflatten(0, (-1, len(back))).tolist()):
+                    found[start + number] = each                                          # (replies, 10)
     return found
 
 
