@@ -57,6 +57,12 @@ OURS = "ours: all three"
 DEFAULTS = dict.fromkeys(RULES, 0.0)
 
 
+def by_outcome(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each of OUTCOMES, in their order."""
+    kinds = [(outcome(row), row) for row in rows]
+    return {kind: [row for found, row in kinds if found == kind] for kind in OUTCOMES}
+
+
 def lower_end(q: float | None, mixed: int) -> float:
     """Of the exact interval of a share that was stored with the number of pairs."""
     return proportion(round((q or 0) * mixed), mixed)["low"]
@@ -144,8 +150,7 @@ def loss_fell(rows: Iterable[Row]) -> str:
 
 def rule_table(rows: Sequence[Row], thresholds: dict[str, float]) -> str:
     """The rules' calls on runs that were all trained: what each lets through, and what it would have prevented."""
-    of = {kind: [row for row in rows if outcome(row) == kind] for kind in OUTCOMES}
-    lines = []
+    of, lines = by_outcome(rows), []
     for rule in (*RULES, OURS):
         def allowed(row: Row, rule: str = rule) -> bool:
             return allows(rule, row, thresholds)
@@ -159,7 +164,7 @@ def part_table(rows: Sequence[Row]) -> str:
     """Of the harmful runs of each part of the grid, how many each rule lets through at the thresholds of gate.py."""
     lines = []
     for names in (("task",), ("verifier",), ("student", "verdict", "min_margin")):
-        for key, some in grouped((row for row in rows if outcome(row) == "harmful"), *names).items():
+        for key, some in grouped(by_outcome(rows)["harmful"], *names).items():
             where = ", ".join(f"tau {name:g}" if isinstance(name, float) else f"`{name}`" for name in key)
             lines.append((where, len(some), *(sum(allows(rule, row, DEFAULTS) for row in some)
                                               for rule in (*RULES, OURS))))
@@ -169,7 +174,7 @@ def part_table(rows: Sequence[Row]) -> str:
 def measure_table(rows: Sequence[Row]) -> str:
     """How well each measure orders runs: the chance that a helpful run has the larger value than a harmful one."""
     parts = [("all", rows), *((f"`{task}`", some) for (task,), some in grouped(rows, "task").items())]
-    lines = [(name, *(auroc(*([measure(row) for row in some if outcome(row) == kind]
+    lines = [(name, *(auroc(*([measure(row) for row in by_outcome(some)[kind]]
                               for kind in ("helpful", "harmful"))) for _, some in parts))
              for name, measure in {**{words: measure for words, measure in RULES.values()}, **OTHERS}.items()]
     return table(("measure", *(name for name, _ in parts)), lines)
@@ -215,7 +220,7 @@ def round_table(rows: Sequence[Row]) -> str:
 
 def loss_text(rows: Sequence[Row]) -> str:
     """What the loss did, in all runs and in those that did harm."""
-    harmful, helpful = ([row for row in rows if outcome(row) == kind] for kind in ("harmful", "helpful"))
+    harmful, _, helpful = by_outcome(rows).values()
     falls, changes = zip(*((row["loss_first"] - row["loss_last"], row["change"][0]) for row in rows
                            if row["loss_first"] is not None))
     warned, needless = (f"{sum(bool(row['warnings']) for row in some)} of {len(some)}" for some in (harmful, helpful))
@@ -228,7 +233,7 @@ def loss_text(rows: Sequence[Row]) -> str:
 
 def after_text(rows: Sequence[Row]) -> str:
     """Verdicts of the gate after training by outcome, and the diagnoses of harmful runs."""
-    of = {kind: [row for row in rows if outcome(row) == kind] for kind in OUTCOMES}
+    of = by_outcome(rows)
     promoted = ", ".join(f"{sum(row['gate_after'] == 'PROMOTE' for row in some)} of {len(some)} {kind}"
                          for kind, some in of.items())
     why = ", ".join(f"{diagnosis} {len(some)}" for (diagnosis,), some in grouped(of["harmful"], "diagnosis").items())
