@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.records:
             asked = {cfg.records: (read_records(cfg.records), {})}
         else:
-            from model.survey import recommend, survey
+            from loop.survey import recommend, survey
             asked = survey(cfg)
         for path, (records, costs) in asked.items():
             made = decide_before(measure(records, select_pair, cfg.min_margin), cfg.rule, cfg.min_direction)

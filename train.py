@@ -29,15 +29,17 @@ from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
 from eval import load_task, score as exact_match, score_answers
 from gate import decide_before, explain_change, fell_significantly, gate_after, gather_records, measure, proportion
 from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
-from model.optimise import (DTYPES, check_trainable, frozen_self, load_trainable, load_training_state, make_optimiser,
+from loop import demo
+from loop.optimise import (DTYPES, check_trainable, frozen_self, load_trainable, load_training_state, make_optimiser,
                             optimiser_step, training_state)
+from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
 from model.processor import Chat
-from model.run import Interrupted, Ranks, Run, exit_status, folder_digest, state_fields
-from model.survey import draw_items, right_way
+from loop.run import Interrupted, Ranks, Run, exit_status, state_fields
+from loop.survey import draw_items, right_way
 from model.vlm import FeatureCache
 from replay import Pair, ReplayBuffer, form_pairs, select_pair
-from tasks import TASKS, Item, demo
+from tasks import TASKS, Item
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.splits import Splits, split_items
 from verifier import REPLIES, VERDICTS, Score

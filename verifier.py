@@ -1,8 +1,5 @@
 """The verifier: asks a model whether a candidate answer is right, or which of two is better, and reads its verdict.
 
-    python verifier.py                                     the demo: a judge that improves itself without labels
-    torchrun verifier.py --verifier V --task T --data D --iterations 4 --out DIR
-
     rubric prompt    (pictures, question, candidate)  ->  {"score": s}, s in [0, 1]; right means s >= 0.5
     verdict          the last JSON object with a "score" in the final text, or None: nothing is guessed
 
@@ -12,7 +9,7 @@ verifier (vLLM, an API), hand `score_candidates` a callable that answers chats.
 
 The judge ("Self-Improving VLM Judges Without Human Annotations", arXiv 2512.05145): pairs are made without labels (the
 majority of 16 samples against another; a response against its altered self), judged in both orders; what agrees with
-the pairs in both is what the judge is trained on, in its own words. The loop that trains it is model/judge.py.
+the pairs in both is what the judge is trained on, in its own words. The loop that trains it is judge.py.
 """
 from __future__ import annotations
 
@@ -414,13 +411,3 @@ def parse_preference(text: str) -> int | None:
 def _side(label: str) -> int | None:
     whole = _LABEL.fullmatch(label.strip(' "'))
     return _SIDE.get(whole[1].lower()) if whole else None
-
-
-def main() -> int:
-    """The judge that improves itself: build pairs, judge, filter, fine-tune, evaluate, again."""
-    from model import judge
-    return judge.cli(__doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

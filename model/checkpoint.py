@@ -5,6 +5,7 @@ tokenizer.json, preprocessor_config.json, generation_config.json.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -107,6 +108,17 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path_or_hub_id} is not a local folder and cannot be downloaded: {reason}") from None
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's files: the identity of a reference or a verifier."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -5,7 +5,7 @@
     red      how many red shapes are there?    1 to 6, among one to three of other colours
 
 A picture depends on task, split and number alone, so items need no files. Split "demo" is what the demo and the tests
-use; split "make" and the scenes that model/tiny/make.py trains on share no picture with it.
+use; split "make" and the scenes that loop/make_tiny.py trains on share no picture with it.
 """
 from __future__ import annotations
 

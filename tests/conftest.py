@@ -10,7 +10,8 @@ import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")          # for the programs that tests start
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,10 +19,10 @@ import torch
 
 import verifier
 from eval import load_task
-from model import judge as loop
+import judge as loop
 from model import generate, load_vlm
-from model.run import Ranks
-from model.tiny import make
+from loop.run import Ranks
+from loop import make_tiny
 from tasks import Item
 from tasks.jsonl import export_items
 from tasks.rewardbench import Comparison, show
@@ -440,10 +440,10 @@ def test_it_is_mediocre() -> None:
 
 def test_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps: the settings that are shipped, the prompt's fixed pieces one token each."""
-    monkeypatch.setattr(make, "compared", lambda vlm: "")                   # it asks about hundreds of pictures
-    monkeypatch.setattr(sys, "argv", ["make.py", "--only", "judge", "--judge-answer-steps", "1", "--judge-steps", "1",
+    monkeypatch.setattr(make_tiny, "compared", lambda vlm: "")                   # it asks about hundreds of pictures
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--only", "judge", "--judge-answer-steps", "1", "--judge-steps", "1",
                                       "--out", str(tmp_path)])
-    assert make.main() == 0
+    assert make_tiny.main() == 0
     for path in Path(loop.Config().verifier).glob("*.json"):
         assert (tmp_path / "judge" / path.name).read_bytes() == path.read_bytes(), path.name
     encode = load_vlm(tmp_path / "judge").processor.encode

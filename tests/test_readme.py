@@ -12,7 +12,7 @@ from tasks.flags import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMAND = re.compile(r"(?:python|torchrun(?: --standalone)? --nproc-per-node \w+) (train|eval|gate|verifier)\.py([^`\n#&;]*)")
+COMMAND = re.compile(r"(?:python|torchrun(?: --standalone)? --nproc-per-node \w+) (train|eval|gate|judge)\.py([^`\n#&;]*)")
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -24,13 +24,13 @@ def commands() -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("script, words", commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_flags_are_known(script: str, words: list[str]) -> None:
     words = ["0" if word == "$s" else word for word in words]
-    config = importlib.import_module("model.judge" if script == "verifier" else script).Config
+    config = importlib.import_module(script).Config
     given = vars(build_parser(config, None).parse_args(words))
     config(**given)
 
 
 def test_commands_are_found() -> None:
-    assert {script for script, _ in commands()} == {"train", "eval", "gate", "verifier"} and len(commands()) >= 12
+    assert {script for script, _ in commands()} == {"train", "eval", "gate", "judge"} and len(commands()) >= 12
 
 
 def test_the_two_commands_stand_on_lines_of_their_own() -> None:
@@ -45,5 +45,5 @@ def test_named_files_exist() -> None:
         assert (ROOT / name).exists() or list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), name
     for name in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"`(?:(?:model|tests|tasks)/[\w./-]+)`", README):
+    for name in re.findall(r"`(?:(?:model|tests|tasks|loop)/[\w./-]+)`", README):
         assert (ROOT / name.strip("`")).exists(), name

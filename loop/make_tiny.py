@@ -1,7 +1,7 @@
 """Train the demo's tiny checkpoints, in the published Qwen3-VL layout: a student, a ladder of verifiers, a judge.
 
-    python model/tiny/make.py                          all of them, into this folder: about a quarter of an hour
-    python model/tiny/make.py --only student           one of them
+    python -m loop.make_tiny                          all of them, into model/tiny/: about a quarter of an hour
+    python -m loop.make_tiny --only student           one of them
 
 The student's vision tower sees plenty of pictures, its language model few, so it is about half right. A verifier sees
 plenty and learns to answer and to grade. What it understands is set by one number, its share of shifted pictures:
@@ -26,9 +26,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))                           # a script inside the package it imports
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,6 +40,7 @@ from tasks.flags import check_ranges, flag, parse_flags
 from tasks.shapes import QUESTIONS, SPLITS, draw, load, noisy, score
 from verifier import CANDIDATE, COMPARISON, RUBRIC, comparison_chat, parse_preference, rubric_chat, score_candidates
 
+TINY = Path(__file__).resolve().parents[1] / "model" / "tiny"
 # Qwen's control tokens in the order of their published ids; here they follow the small vocabulary.
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -59,7 +57,7 @@ COMPARED, MISCOUNTED = 30, 0.4                          # pictures of red that a
 
 @dataclass(frozen=True)
 class Config:
-    out: str = flag(str(Path(__file__).parent), "folder that receives one folder a checkpoint")
+    out: str = flag(str(TINY), "folder that receives one folder a checkpoint")
     only: str = flag("", "make this checkpoint only", choices=("", "student", *LADDER, "judge"))
     seed: int = flag(0, "seed of weights, pictures and order", low=0)
     tower_steps: int = flag(400, "the student's first steps, on plenty of pictures, for its vision tower", low=1)

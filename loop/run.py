@@ -6,7 +6,6 @@ Only rank 0 writes. Every file that others read appears whole or not at all; met
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -26,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import read_settings, whole_folder, write_json, write_text
-from .sampler import Completion, generate
-from .vlm import VLM, pick_device
+from model.checkpoint import read_settings, whole_folder, write_json, write_text
+from model.sampler import Completion, generate
+from model.vlm import VLM, pick_device
 
 T, R = TypeVar("T"), TypeVar("R")
 NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
@@ -315,14 +314,3 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):
             raise ValueError(f"cannot resume: {name} is {now.get(name)!r} and was {before.get(name)!r} at the start")
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's files: the identity of a reference or a verifier."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""model/survey.py: what is asked once, what is kept and when it is not believed, costs, the ranking; by stand-ins for
+"""loop/survey.py: what is asked once, what is kept and when it is not believed, costs, the ranking; by stand-ins for
 models, whose answers, prices and mistakes are known, and once by the shipped tiny ones."""
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from PIL import Image
 
 import gate
 from eval import load_task
-from model import generate, load_vlm, next_digits, survey
+from loop import survey
+from model import generate, load_vlm, next_digits
 from replay import Pair
 from tasks import Item
 from verifier import CANDIDATE, REPLIES, RUBRIC, VERDICTS

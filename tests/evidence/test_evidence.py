@@ -1,4 +1,4 @@
-"""tests/evidence.py: its tables and pictures on a few constructed runs, and on those that are committed."""
+"""tests/evidence/evidence.py: its tables and pictures on a few constructed runs, and on those that are committed."""
 from __future__ import annotations
 
 import json
@@ -14,7 +14,7 @@ from evidence import Config, Plan, Setting
 from evidence_report import OURS, RULES, allows, choose_thresholds, outcome, read_runs, report_text, rule_table
 from gate import clustered_ratio
 
-COMMITTED = evidence.TESTS / "evidence"
+COMMITTED = evidence.RESULTS
 AGREES, OWN, LOW = "published", "own answers", "direction"
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import train
-from model import judge
-from tasks import demo
+import judge
+from loop import demo
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ["task", "frozen baseline", "agreement", "(candidates)", "own answers", "(student)", "published rule",
            "gate before", "loss first", "last", "final accuracy", "gate after"]
 SMALL = ["--gate-items", "48", "--watch-items", "8", "--held-out-items", "16", "--items-per-round", "32",

@@ -1,6 +1,6 @@
 """Where do our activations and transformers' part? For whoever ports or changes a family.
 
-    python tests/compare_layers.py FOLDER [--image FILE] [--prompt TEXT] [--dtype float32] [--tolerance 1e-4]
+    python tests/helpers/compare_layers.py FOLDER [--image FILE] [--prompt TEXT] [--dtype float32] [--tolerance 1e-4]
 
 Runs one chat with a picture through both models, in FOLDER's weights, and compares the output of every module that both
 have under one name, in the order of the forward pass. Prints a line a layer, and the first module that differs by more
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model import VLM, load_vlm                                                                            # noqa: E402
 from model.processor import Batch, Chat                                                                    # noqa: E402

@@ -1,4 +1,4 @@
-"""Speed and memory beside what one would use instead: python tests/bench.py [--json FILE] [--lines NAME ...] [--quick]
+"""Speed and memory beside what one would use instead: python tests/bench/bench.py [--json FILE] [--lines NAME ...] [--quick]
 
     line              ours                                              the peer
     dpo_step          reference once a pair, then two steps over it     TRL's DPOTrainer, checkpointing off, two epochs
@@ -45,8 +45,8 @@ from typing import Any
 import numpy as np
 import torch
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
 import bench_peers  # noqa: E402
 import train  # noqa: E402
@@ -56,8 +56,8 @@ from dpo import sequence_logps  # noqa: E402
 from eval import make_item, score as exact_match  # noqa: E402
 from model import FAMILIES, VLM, generate, load_vlm, next_digits  # noqa: E402
 from model.checkpoint import load_weights, read_settings  # noqa: E402
-from model.optimise import load_trainable, make_optimiser  # noqa: E402
-from model.run import Ranks, Run  # noqa: E402
+from loop.optimise import load_trainable, make_optimiser  # noqa: E402
+from loop.run import Ranks, Run  # noqa: E402
 from model.vlm import FeatureCache  # noqa: E402
 from replay import Pair  # noqa: E402
 from tasks import Item  # noqa: E402

@@ -29,11 +29,10 @@ from tasks import Item
 from tasks.jsonl import Response, write_whole
 from verifier import REPLIES, VERDICTS, Score
 
-from . import generate, load_vlm, next_digits
-from .checkpoint import resolve_folder
-from .processor import Chat
-from .run import folder_digest
-from .vlm import VLM, pick_device
+from model import generate, load_vlm, next_digits
+from model.checkpoint import folder_digest, resolve_folder
+from model.processor import Chat
+from model.vlm import VLM, pick_device
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]

@@ -24,15 +24,15 @@ from dpo import METRICS
 from eval import load_task, score
 from gate import explain_change, proportion
 from model import generate, load_vlm
-from model.optimise import learning_rate
-from model.run import Interrupted, NonFinite, Ranks, Run
+from loop.optimise import learning_rate
+from loop.run import Interrupted, NonFinite, Ranks, Run
 from replay import Pair
 from tasks import Item
 from tasks.jsonl import export_items
 from train import Config, State
 from verifier import score_candidates
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ITEMS = 160                                             # of the demo's 4,096: 40 held back, 120 to train on
 SMALL = {"task": "bar", "device": "cpu", "force": True, "gate_items": 16, "watch_items": 8, "held_out_items": 16,
          "items_per_round": 48, "rounds": 2, "k": 4, "min_pairs": 1, "epochs": 99, "steps_per_round": 6,
@@ -42,7 +42,7 @@ CHECKPOINTS = ["step-000000-000", "step-000000-001", "step-000002-001", "step-00
 # The same program in another process, on as few items; %s may break it.
 DRIVER = f"""
 import os, signal, sys
-import torch, train, model.run
+import torch, train, loop.run
 from eval import load_task
 from dataclasses import replace
 train.load_task = lambda name, data=None, split=None: load_task(name, data, split, limit={ITEMS})

@@ -1,6 +1,6 @@
 """The demo's table and picture: the loss falls on both tasks, the accuracy on one.
 
-    python -m tasks.demo runs/demo          print them again from a finished demo
+    python -m loop.demo runs/demo          print them again from a finished demo
 """
 from __future__ import annotations
 

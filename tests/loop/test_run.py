@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from model.checkpoint import whole_folder, write_json
-from model.run import Alone, Interrupted, Ranks, Run, check_same, exit_status, folder_digest
+from loop.run import Alone, Interrupted, Ranks, Run, check_same, exit_status
+from model.checkpoint import folder_digest
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def test_the_other_ranks_are_gone(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for name in ("all_gather_object", "all_reduce", "barrier"):
         monkeypatch.setattr(torch.distributed, name, closed)
     two = Share(1, 2, [])
-    monkeypatch.setattr("model.run.Ranks", lambda device: two)
+    monkeypatch.setattr("loop.run.Ranks", lambda device: two)
     for work in (lambda r: Ranks.gather(r, 1), lambda r: r.sum(torch.ones(1)), lambda r: r.barrier()):
         assert exit_status("train.py", work, "cpu") == 1
         assert capsys.readouterr().err == "train.py: rank 1 cannot reach the other ranks: Connection closed by peer\n"

@@ -1,4 +1,4 @@
-"""Makes the golden files beside this script from transformers: `python tests/golden/make.py` (needs transformers).
+"""Makes the golden files beside this script from transformers: `python tests/helpers/golden/make.py` (needs transformers).
 
 NAME.safetensors: for the tiny checkpoint of that name, four columns of the logits of each example chat, and, in the
 metadata, the greedy continuations. pixels.json: digests of what its PIL image processors make of sample pictures.
@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 GOLDEN = Path(__file__).resolve().parent
-sys.path[:0] = [str(GOLDEN.parents[1]), str(GOLDEN.parent)]
+sys.path[:0] = [str(GOLDEN.parents[2]), str(GOLDEN.parent)]
 
 from model import load_vlm                                                                                # noqa: E402
 from tiny import (CLIP, CONFIGS, example_chats, follow_meta, load_reference, reference_greedy, reference_inputs,

@@ -22,14 +22,14 @@ import train
 from eval import load_task, score
 from model import VLM, generate, load_vlm, next_digits, save_vlm
 from model.prompts import pack_prompts
-from model.run import Ranks, Run
+from loop.run import Ranks, Run
 from replay import Pair
 from tasks import Item
 from train import Config, State
 from verifier import REPLIES, VERDICTS
 
 DEVICE = os.environ.get("DEVICE", "cuda")
-TINY = Path(__file__).resolve().parents[1] / "model" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "model" / "tiny"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 

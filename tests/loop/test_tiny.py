@@ -1,5 +1,5 @@
 """The shipped tiny checkpoints: transformers opens them and agrees, they are small, they know and misjudge what the
-demo says they do, and make.py makes them."""
+demo says they do, and make_tiny.py makes them."""
 from __future__ import annotations
 
 import json
@@ -18,7 +18,7 @@ from model import VLM, generate, load_vlm, save_vlm
 from tiny import load_reference, reference_greedy, reference_inputs
 from verifier import Score, score_candidates
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "model" / "tiny"
 NAMES = ("student", "verifier", "verifier-50", "verifier-0")
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -164,19 +164,19 @@ def test_the_rest_of_the_ladder_understands_both(name: str) -> None:
         assert accuracy(vlm, task) >= 0.8 and accepts(right) >= 0.8 and accepts(wrong) <= 0.25, task
 
 
-# ---- make.py
+# ---- make_tiny.py
 
 def test_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps: the layout that is shipped, the same bytes for the same seed in any process, others for another."""
     few = ["--only", "student", "--tower-steps", "2", "--student-steps", "2", "--out"]
-    done = subprocess.run([sys.executable, str(TINY / "make.py"), *few, str(tmp_path / "a")], capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "loop.make_tiny", *few, str(tmp_path / "a")], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
-    from model.tiny import make
-    monkeypatch.setattr(make, "measured", lambda vlm: "")                   # it asks about hundreds of pictures
+    from loop import make_tiny
+    monkeypatch.setattr(make_tiny, "measured", lambda vlm: "")                   # it asks about hundreds of pictures
     for name, seed in (("b", "0"), ("c", "1")):
-        monkeypatch.setattr(sys, "argv", ["make.py", *few, str(tmp_path / name), "--seed", seed])
-        assert make.main() == 0
+        monkeypatch.setattr(sys, "argv", ["make_tiny.py", *few, str(tmp_path / name), "--seed", seed])
+        assert make_tiny.main() == 0
     made = {name: files(tmp_path / name / "student") for name in "abc"}
     shipped = files(TINY / "student")
     assert made["a"] == made["b"] and made["a"].keys() == shipped.keys()

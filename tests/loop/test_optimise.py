@@ -14,10 +14,10 @@ from torch import Tensor
 from dpo import sequence_logps
 from model import VLM, generate, load_vlm, save_vlm
 from model.lora import SCALE, Adapted, adapters, adapters_off, add_adapters
-from model.optimise import (check_trainable, frozen_self, load_trainable, make_optimiser, optimiser_step,
+from loop.optimise import (check_trainable, frozen_self, load_trainable, make_optimiser, optimiser_step,
                             set_trainable)
 from model.pairs import pack_pairs
-from model.run import Ranks
+from loop.run import Ranks
 from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""What tests/evidence.py reports from its runs.jsonl: tables in Markdown, and two pictures with matplotlib.
+"""What tests/evidence/evidence.py reports from its runs.jsonl: tables in Markdown, and two pictures with matplotlib.
 
 A run is harmful if the paired 95 % interval of its change on held-out items lies below 0, helpful if above, else
 neither. A rule lets a run through if its measure is at or above its threshold; 0 is the threshold of gate.py. Runs
@@ -267,7 +267,7 @@ def report_text(rows: Sequence[Row], coverage: dict[str, Any] | None = None) -> 
     kinds = [outcome(row) for row in rows]
     parts = [
         "# Runs of the loop, and how each rule would have called them",
-        f"Made by `python tests/evidence.py`: {len(rows)} runs, all trained with `--force`, "
+        f"Made by `python tests/evidence/evidence.py`: {len(rows)} runs, all trained with `--force`, "
         f"{len(grouped(rows, 'verifier', 'verifier_seed'))} verifiers and "
         f"{len(grouped(rows, 'student', 'student_seed'))} students, "
         f"{sum(row['seconds'] for row in rows) / 3600:.1f} core hours. A run is harmful if the paired 95 % interval of "

@@ -1,10 +1,10 @@
 """The evidence behind the gates: many runs of the loop with --force, and how each rule would have called them.
 
-    python tests/evidence.py               models, runs, simulation, report; stopped and called again, it goes on
-    python tests/evidence.py --report      table.md and the pictures once more, from the committed runs.jsonl
-    python tests/evidence.py --quick       a toy version of everything in a minute, into a temporary folder
+    python tests/evidence/evidence.py               models, runs, simulation, report; stopped and called again, it goes on
+    python tests/evidence/evidence.py --report      table.md and the pictures once more, from the committed runs.jsonl
+    python tests/evidence/evidence.py --quick       a toy version of everything in a minute, into a temporary folder
 
-    models        5 students, a weak one, 4 x 3 verifiers: what is not shipped, model/tiny/make.py trains
+    models        5 students, a weak one, 4 x 3 verifiers: what is not shipped, loop/make_tiny.py trains
     runs          tasks x verifiers x students x margin gate on (tau 0.5) and off (tau 0): one JSON line a run
     simulation    coverage of every interval of gate.py over data sets in which candidates cluster by item
     report        table.md; loss.png; rules.png
@@ -34,9 +34,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "gate")]
 
 from evidence_report import Row, read_runs, write_report  # noqa: E402
 from tasks.flags import check_ranges, flag, parse_flags  # noqa: E402
@@ -45,7 +45,7 @@ from tasks.jsonl import write_whole  # noqa: E402
 TINY = ROOT / "model" / "tiny"
 MEASURES = ("baseline_accuracy", "rubric_accuracy", "balanced_accuracy", "accept_rate", "parse_rate", "direction",
             "mixed_share", "pick_lift", "own_answer_accuracy", "greedy_accuracy")
-# name -> the checkpoint of make.py, and what it is trained with besides the defaults
+# name -> the checkpoint of make_tiny.py, and what it is trained with besides the defaults
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "student": ("student", ()), "student-weak": ("student", ("--student-steps", "60")),
     "verifier-0": ("verifier-0", ()), "verifier-50": ("verifier-50", ()), "verifier": ("verifier", ()),
@@ -55,7 +55,7 @@ VERIFIERS = ("verifier-0", "verifier-50", "verifier", "verifier-early")
 
 @dataclass(frozen=True)
 class Config:
-    results: str = flag(str(TESTS / "evidence"), "folder of runs.jsonl, coverage.json, the table and the pictures")
+    results: str = flag(str(RESULTS), "folder of runs.jsonl, coverage.json, the table and the pictures")
     work: str = flag(str(ROOT / "runs" / "evidence"), "folder of the models, and of runs while they last")
     workers: int = flag(os.cpu_count() or 1, "processes, of one thread each", low=1)
     report: bool = flag(False, "only make the table and the pictures again, from what the results folder holds")
@@ -85,7 +85,7 @@ class Setting:
 class Plan:
     """Which runs, and of what size."""
     settings: tuple[Setting, ...]
-    make: tuple[str, ...]                               # flags of make.py
+    make: tuple[str, ...]                               # flags of make_tiny.py
     loop: dict[str, int]                                # fields of train.Config
     data_sets: int                                      # simulated, of each kind
     truth_items: int                                    # of the data set that stands for the truth
@@ -168,7 +168,7 @@ def make_models(cfg: Config, plan: Plan, settings: Iterable[Setting]) -> None:
     def make(name: str, seed: int) -> None:
         folder = model_folder(cfg, name, seed)
         words = ["--only", folder.name, "--seed", str(seed), "--out", str(folder.parent), *MODELS[name][1], *plan.make]
-        subprocess.run([sys.executable, str(TINY / "make.py"), *words], check=True, env=one_thread(),
+        subprocess.run([sys.executable, "-m", "loop.make_tiny", *words], check=True, cwd=ROOT, env=one_thread(),
                        stdout=subprocess.DEVNULL)
         print(f"made {folder}", flush=True)
     with ThreadPoolExecutor(cfg.workers) as pool:

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import load_vlm
-from .layers import Block
-from .lora import adapters, adapters_off, add_adapters
-from .run import NonFinite, Run
-from .vlm import VLM, FeatureCache
+from model import load_vlm
+from model.layers import Block
+from model.lora import adapters, adapters_off, add_adapters
+from loop.run import NonFinite, Run
+from model.vlm import VLM, FeatureCache
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,5 +1,8 @@
 """The judge that improves itself, after "Self-Improving VLM Judges Without Human Annotations" (arXiv 2512.05145).
 
+    python judge.py                                        the demo: a judge that improves itself without labels
+    torchrun judge.py --verifier V --task T --data D --iterations 4 --out DIR
+
     pairs      once, by the judge it starts from: 16 samples a question, the majority's answer against another
     judge      each iteration: the last iteration's judge on every pair in both orders, in its own words
     filter     kept are the judgments of pairs on which both orders agree with the pair; as many of either side
@@ -14,6 +17,7 @@ No answer of a training item is read, except for --pairs correct.
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,20 +31,22 @@ from torch import Tensor
 from dpo import sequence_logps
 from eval import Answer, judge_report, load_task, score as exact_match, wilson
 from tasks import TASKS, Item
-from tasks.demo import replaced
+from loop.demo import replaced
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.rewardbench import Comparison
 from tasks.splits import Splits, split_items
 from verifier import (KINDS, Judgment, SyntheticPair, alter_chat, altered_pair, balanced, comparison_chat, correct_pair,
                       judge_pairs, kept_judgments, majority_pair)
 
-from . import Completion, generate, save_vlm
-from .optimise import (DTYPES, check_trainable, load_trainable, load_training_state, make_optimiser, optimiser_step,
+from model import Completion, generate, save_vlm
+from model.checkpoint import folder_digest
+from loop.optimise import (DTYPES, check_trainable, load_trainable, load_training_state, make_optimiser, optimiser_step,
                        training_state)
-from .processor import Chat, Picture, collate
-from .run import Interrupted, Ranks, Run, exit_status, folder_digest, state_fields
-from .vlm import VLM
+from model.processor import Chat, Picture, collate
+from loop.run import Interrupted, Ranks, Run, exit_status, state_fields
+from model.vlm import VLM
 
+TINY = Path(__file__).parent / "model" / "tiny"
 DEMO = ("bar", "red")
 PHRASE = 8                                              # words; a text answer that is mostly longer is open-ended
 FIGURES = ("order_consistency", "first_position_rate", "heldout_accuracy")
@@ -51,7 +57,7 @@ PLACEHOLDERS = {"integer": "0", "float": "0", "list": "[]", "text": "\0"}   # fo
 class Config:
     """Everything a run depends on; --help prints it. The defaults suit the tiny judge that is shipped."""
     # What
-    verifier: str = flag(str(Path(__file__).parent / "tiny" / "judge"), "folder or hub id of the judge to start from")
+    verifier: str = flag(str(TINY / "judge"), "folder or hub id of the judge to start from")
     task: str | None = flag(None, "task whose questions it judges (without it: the demo, bar and red)",
                             choices=tuple(TASKS))
     data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
@@ -397,13 +403,17 @@ def restore(run: Run, vlm: VLM) -> tuple[State, torch.optim.Optimizer]:
     return state, optimiser
 
 
-def cli(description: str | None) -> int:
+def cli() -> int:
     """Parse the flags and run; returns the exit status."""
-    cfg = parse_flags(Config, description)
+    cfg = parse_flags(Config, __doc__)
 
     def work(ranks: Ranks) -> int:
         if cfg.out or cfg.task:
             return main(replace(cfg, out=cfg.out or f"runs/judge-{cfg.task}"), ranks)
         with replaced(Path("runs/demo/judge"), ranks):
             return main(replace(cfg, out="runs/demo/judge"), ranks)
-    return exit_status("verifier.py", work, cfg.device)
+    return exit_status("judge.py", work, cfg.device)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
