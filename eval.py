@@ -309,6 +309,7 @@ def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence],
 def ask_model(cfg: Config, items: Sequence[Item], path: Path) -> list[Response]:
     """Load the model and ask it, greedily."""
     import torch
+
     from model import generate, load_vlm
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))

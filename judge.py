@@ -29,22 +29,34 @@ import torch
 from torch import Tensor
 
 from dpo import sequence_logps
-from eval import Answer, judge_report, load_task, score as exact_match, wilson
-from tasks import TASKS, Item
+from eval import Answer, judge_report, load_task, wilson
+from eval import score as exact_match
 from loop.demo import replaced
-from tasks.flags import check_ranges, flag, parse_flags
-from tasks.rewardbench import Comparison
-from tasks.splits import Splits, split_items
-from verifier import (KINDS, Judgment, SyntheticPair, alter_chat, altered_pair, balanced, comparison_chat, correct_pair,
-                      judge_pairs, kept_judgments, majority_pair)
-
+from loop.flags import TrainingFlags
+from loop.optimise import load_trainable, load_training_state, make_optimiser, optimiser_step, training_state
+from loop.ranks import Interrupted, Ranks, exit_status
+from loop.run import Run, state_fields
 from model import Completion, generate, save_vlm
 from model.checkpoint import folder_digest
-from loop.optimise import (DTYPES, check_trainable, load_trainable, load_training_state, make_optimiser, optimiser_step,
-                       training_state)
 from model.processor import Chat, Picture, collate
-from loop.run import Interrupted, Ranks, Run, exit_status, state_fields
 from model.vlm import VLM
+from tasks import TASKS, Item
+from tasks.flags import flag, parse_flags
+from tasks.rewardbench import Comparison
+from tasks.splits import Splits, split_items
+from verifier import (
+    KINDS,
+    Judgment,
+    SyntheticPair,
+    alter_chat,
+    altered_pair,
+    balanced,
+    comparison_chat,
+    correct_pair,
+    judge_pairs,
+    kept_judgments,
+    majority_pair,
+)
 
 TINY = Path(__file__).parent / "model" / "tiny"
 DEMO = ("bar", "red")
@@ -54,18 +66,14 @@ PLACEHOLDERS = {"integer": "0", "float": "0", "list": "[]", "text": "\0"}   # fo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainingFlags):
     """Everything a run depends on; --help prints it. The defaults suit the tiny judge that is shipped."""
     # What
     verifier: str = flag(str(TINY / "judge"), "folder or hub id of the judge to start from")
     task: str | None = flag(None, "task whose questions it judges (without it: the demo, bar and red)",
                             choices=tuple(TASKS))
-    data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
-    split: str | None = flag(None, "split of the data (default: the task's own)")
     train_split: str | None = flag(None, "make pairs of this split's questions instead; its answers may be hidden")
     out: str | None = flag(None, "folder of the run (default runs/judge-TASK, for the demo runs/demo/judge)")
-    resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
-    seed: int = flag(0, "seed of the splits, the samples and the order of training", low=0)
     # Pairs
     iterations: int = flag(4, "most iterations of judging, filtering and training", low=1)
     patience: int = flag(1, "stop after this many iterations without a rise of held-out accuracy", low=1)
@@ -78,37 +86,21 @@ class Config:
     temperature: float = flag(0.6, "sampling temperature of answers and judgments", low=1e-3, high=1e3)
     top_k: int = flag(50, "likeliest tokens that are sampled from, 0 for all", low=0)
     top_p: float = flag(0.9, "nucleus that is sampled from, 1 for the whole vocabulary", low=1e-3, high=1)
-    max_new_tokens: int = flag(16, "longest answer, in tokens", low=1)
     verdict_tokens: int = flag(40, "longest judgment, in tokens", low=1)
-    sample_batch: int = flag(64, "prompts that are sampled together", low=1)
     # Filter
     order_filter: bool = flag(True, "keep a pair only if both orders agree with it (--no-order-filter: each by itself)")
     balance: bool = flag(True, "train on as many judgments of either side (--no-balance: on all that are kept)")
     most: int = flag(100_000, "judgments trained on an iteration at most, for comparisons at equal volume", low=2)
     # Optimisation
     lr: float = flag(3e-4, "peak learning rate of an iteration; 1e-5 suits a published checkpoint", low=0, high=1)
-    warmup_steps: int = flag(5, "steps of linear warm-up; a cosine to a tenth of the peak follows", low=0)
-    weight_decay: float = flag(0.0, "AdamW weight decay", low=0, high=1)
-    clip: float = flag(1.0, "largest gradient norm", low=1e-6)
     epochs: int = flag(5, "passes over the kept judgments", low=1)
     batch_size: int = flag(32, "judgments a step, over all ranks", low=1)
     micro_batch: int = flag(32, "judgments a forward pass on one rank", low=1)
-    trainable: str = flag("language", "what is trained: language, all (the vision tower too), or layers:A-B")
-    lora_rank: int = flag(0, "train adapters of this rank on these layers instead (0: the weights themselves)", low=0)
-    recompute: bool = flag(False, "activation checkpointing: compute activations again instead of keeping them")
     # Saving, machine
     save_every: int = flag(50, "steps between checkpoints", low=1)
-    keep: int = flag(2, "checkpoints kept", low=1)
-    device: str | None = flag(None, "cpu, cuda or cuda:N (default: cuda where there is one)")
-    dtype: str | None = flag(None, "of activations (default: bfloat16 on cuda, else float32)", choices=tuple(DTYPES))
-    feature_cache_gb: float = flag(4.0, "memory for image features kept between calls, GB", low=0)
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        check_trainable(self.trainable, self.lora_rank)
-        given = [name for name in ("data", "split", "train_split", "resume") if getattr(self, name)]
-        if self.task is None and given:
-            raise ValueError(f"--{given[0].replace('_', '-')} has no meaning without --task")
+        super().__post_init__()
         if self.votes > self.n:
             raise ValueError(f"--votes {self.votes} can never be reached with --n {self.n}")
 
@@ -319,7 +311,7 @@ def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence
 
 def evaluate(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: Sequence[Item]) -> dict[str, Any]:
     """The judge's figures on held-out pairs: greedy, both orders, an unparsed verdict is wrong (eval.judge_report)."""
-    with run.ranks.patient():                                                   # a step is finished before a stop
+    with run.ranks.uninterrupted():                                                   # a step is finished before a stop
         judged = ask_judge(run, vlm, pairs, {item.id: item for item in items}, "held-out pairs", temperature=0)
     each = [judgment for both in judged for judgment in both]
     shown = [Comparison(j.item_id, "jsonl", (), swapped=j.side == 2) for j in each]
@@ -341,7 +333,7 @@ def close_iteration(run: Run, vlm: VLM, state: State, items: Sequence[Item]) -> 
         state.best, candidate = len(state.iterations), run.folder / "candidate"
         if run.ranks.first:
             save_vlm(vlm, candidate, vlm.file_dtype)
-        run.settle(candidate, keep=True)
+        run.deploy_or_discard(candidate, keep=True)
     state.kept, state.position = None, 0
     return values(found)
 

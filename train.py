@@ -26,21 +26,30 @@ import torch
 from torch import Tensor
 
 from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
-from eval import load_task, score as exact_match, score_answers
+from eval import load_task, score_answers
+from eval import score as exact_match
 from gate import decide_before, explain_change, fell_significantly, gate_after, gather_records, measure, proportion
-from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
 from loop import demo
-from loop.optimise import (DTYPES, check_trainable, frozen_self, load_trainable, load_training_state, make_optimiser,
-                            optimiser_step, training_state)
+from loop.flags import TrainingFlags
+from loop.optimise import (
+    load_trainable,
+    load_training_state,
+    make_optimiser,
+    optimiser_step,
+    reference_model,
+    training_state,
+)
+from loop.ranks import Interrupted, Ranks, exit_status
+from loop.run import Run, state_fields
+from loop.survey import draw_items, right_way
+from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
 from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
 from model.processor import Chat
-from loop.run import Interrupted, Ranks, Run, exit_status, state_fields
-from loop.survey import draw_items, right_way
 from model.vlm import FeatureCache
 from replay import Pair, ReplayBuffer, form_pairs, select_pair
 from tasks import TASKS, Item
-from tasks.flags import check_ranges, flag, parse_flags
+from tasks.flags import flag, parse_flags
 from tasks.splits import Splits, split_items
 from verifier import REPLIES, VERDICTS, Score
 
@@ -49,19 +58,14 @@ LAST = 10                                               # the loss "at the end" 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainingFlags):
     """Everything a run depends on; --help prints it. The defaults suit the tiny models that are shipped."""
     # What
     task: str | None = flag(None, "task to train on (without it: the demo, bar and red)", choices=tuple(TASKS))
-    data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
     split: str | None = flag(None, "split of the data that all four splits are cut from (default: the task's own)")
-    train_split: str | None = flag(None, "train on the items of this split instead; its answers may be hidden")
     student: str = flag(str(TINY / "student"), "folder or hub id of the model that is trained")
     verifier: str = flag(str(TINY / "verifier"), "folder or hub id of the frozen model that scores")
-    out: str | None = flag(None, "folder of the run (default runs/TASK, for the demo runs/demo)")
-    resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
     force: bool = flag(False, "train even if the gate says BLOCK")
-    seed: int = flag(0, "seed of the splits, the samples and the order of the pairs", low=0)
     # Gates and splits
     gate_items: int = flag(200, "items on which the verifier is measured before training", low=1)
     gate_rule: str = flag("ours", "rule of the gate before training; paper: agreement alone", choices=("ours", "paper"))
@@ -79,7 +83,6 @@ class Config:
     max_new_tokens: int = flag(16, "longest answer of the student, in tokens", low=1)
     verdict: str = flag("json", "how the verifier scores: generated JSON; logits: the expected score, nothing decoded",
                         choices=tuple(VERDICTS))
-    verdict_tokens: int = flag(16, "longest verdict, in tokens", low=1)
     sample_batch: int = flag(64, "items that are sampled, and prompts that are scored, together", low=1)
     # Pairs and replay
     min_margin: float = flag(0.5, "margin gate (tau): replay only pairs whose scores differ by this", low=0, high=1)
@@ -95,30 +98,17 @@ class Config:
     nll_coefficient: float = flag(0.0, "weight of the chosen completion's negative log-likelihood", low=0)
     # Optimisation
     lr: float = flag(3e-5, "peak learning rate; 1e-6 suits a published checkpoint", low=0, high=1)
-    warmup_steps: int = flag(5, "steps of linear warm-up; a cosine to a tenth of the peak follows", low=0)
-    weight_decay: float = flag(0.0, "AdamW weight decay", low=0, high=1)
-    clip: float = flag(1.0, "largest gradient norm", low=1e-6)
     batch_size: int = flag(32, "pairs a step, over all ranks, replayed ones included", low=1)
     micro_batch: int = flag(32, "pairs a forward pass on one rank", low=1)
     epochs: int = flag(3, "passes over a round's fresh pairs", low=1)
     steps_per_round: int = flag(60, "most steps a round", low=1)
-    trainable: str = flag("language", "what is trained: language, all (the vision tower too), or layers:A-B")
-    lora_rank: int = flag(0, "train adapters of this rank on these layers instead (0: the weights themselves)", low=0)
-    recompute: bool = flag(False, "activation checkpointing: compute activations again instead of keeping them")
     # Looking, saving, machine
     eval_every: int = flag(10, "steps between looks at the watch split", low=1)
-    save_every: int = flag(20, "steps between checkpoints", low=1)
-    keep: int = flag(2, "checkpoints kept", low=1)
-    device: str | None = flag(None, "cpu, cuda or cuda:N (default: cuda where there is one)")
-    dtype: str | None = flag(None, "of activations (default: bfloat16 on cuda, else float32)", choices=tuple(DTYPES))
-    feature_cache_gb: float = flag(4.0, "memory for image features kept between calls, GB a model", low=0)
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        check_trainable(self.trainable, self.lora_rank)
-        given = [name for name in ("data", "split", "train_split", "resume", "force") if getattr(self, name)]
-        if self.task is None and given:
-            raise ValueError(f"--{given[0].replace('_', '-')} has no meaning without --task")
+        super().__post_init__()
+        if self.task is None and self.force:
+            raise ValueError("--force has no meaning without --task")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError(f"--label-smoothing {self.label_smoothing} has no meaning with --loss-type ipo")
 
@@ -292,7 +282,7 @@ def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair], by_id: d
         return [replace(p, reference_chosen_logp=c, reference_rejected_logp=r, reference_key=key, row_tokens=tokens)
                 for p, c, r, key, tokens in zip(pairs, chosen.tolist(), rejected.tolist(), rows.keys,
                                                 rows.batch.attention_mask.sum(1).tolist())]
-    with frozen_self(student) as reference:
+    with reference_model(student) as reference:
         return run.ranks.map(part, pairs, run.cfg.micro_batch, "reference")
 
 
@@ -337,7 +327,7 @@ def look(run: Run, student: VLM, items: Sequence[Item], state: State) -> dict[st
 
     The test is paired and one-sided; its level is 0.05 over the number of looks that are planned.
     """
-    with run.ranks.patient():                                                   # a step is finished before a stop
+    with run.ranks.uninterrupted():                                                   # a step is finished before a stop
         rows = answers(run, student, items, "watching")
     right = [row["correct"] for row in rows]
     state.watched = state.watched or right                                      # the first look is the frozen student's
@@ -375,7 +365,7 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, items: Sequence[Item], ag
     for name, both in sides.items():
         rows = zip(*both, strict=True)
         run.write_lines(f"{name}.jsonl", ({"id": old["id"], "frozen": old, "trained": new} for old, new in rows))
-    run.settle(candidate, keep=decision.verdict == "PROMOTE")
+    run.deploy_or_discard(candidate, keep=decision.verdict == "PROMOTE")
     why = explain_change(**sides)
     reasons = decision.reasons + why.pop("reasons") * (decision.verdict == "REJECT")
     return {"verdict": decision.verdict, "reasons": reasons, **decision.measures, **why}

@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from loop.flags import TrainingFlags, check_trainable
+from loop.ranks import NonFinite
+from loop.run import Run
 from model import load_vlm
 from model.layers import Block
 from model.lora import adapters, adapters_off, add_adapters
-from loop.run import NonFinite, Run
 from model.vlm import VLM, FeatureCache
 
 T = TypeVar("T")
@@ -24,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL = 10_000_000                                      # parameters of a model that one CPU thread serves best
 
 
-def load_trainable(path: str, cfg: Any, device: torch.device) -> VLM:
+def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
     """The model that is trained, as `cfg` has it: dtype, trainable, lora_rank, recompute, feature_cache_gb, seed.
 
     Weights that are trained are held in fp32 and computed in `dtype`; those that are frozen have that dtype where the
@@ -48,14 +50,6 @@ def load_trainable(path: str, cfg: Any, device: torch.device) -> VLM:
     return vlm
 
 
-def check_trainable(what: str, lora_rank: int) -> None:
-    """ValueError for what `set_trainable` cannot mean in any model."""
-    if not re.fullmatch(r"all|language|layers:\d+-\d+", what):
-        raise ValueError(f"--trainable must be all, language or layers:A-B, not {what!r}")
-    if lora_rank and what == "all":
-        raise ValueError(f"--lora-rank {lora_rank} adapts the language model; it has no meaning with --trainable all")
-
-
 def set_trainable(vlm: VLM, what: str, lora_rank: int = 0, seed: int = 0) -> None:
     """Freeze all but `what`: "all", "language" (the tower frozen), or "layers:A-B", decoder layers A to B, from 0.
 
@@ -76,7 +70,7 @@ def set_trainable(vlm: VLM, what: str, lora_rank: int = 0, seed: int = 0) -> Non
 
 
 @contextmanager
-def frozen_self(vlm: VLM) -> Iterator[VLM]:
+def reference_model(vlm: VLM) -> Iterator[VLM]:
     """`vlm` as it was loaded: itself with the adapters off, else a copy, in memory only as long as it is used."""
     if adapters(vlm):
         with adapters_off(vlm):

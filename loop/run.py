@@ -1,4 +1,4 @@
-"""A training run from outside: its processes, its folder, its log, its checkpoints.
+"""A training run's folder: its settings, its log, its checkpoints, what it deploys.
 
     runs/NAME/  config.json  metrics.jsonl  summary.json  pairs/round-1.jsonl  checkpoints/step-000020-001/  deploy/
 
@@ -9,163 +9,30 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import shutil
-import signal
 import struct
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from tqdm import tqdm
 
+from loop.flags import TrainingFlags
+from loop.ranks import Ranks, first_line
 from model.checkpoint import read_settings, whole_folder, write_json, write_text
 from model.sampler import Completion, generate
-from model.vlm import VLM, pick_device
+from model.vlm import VLM
 
-T, R = TypeVar("T"), TypeVar("R")
 NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
 SHOWN = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}", "rewards/accuracies": "right way {:.2f}",
          "grad_norm": "grad {:.2f}", "lr": "lr {:.1e}", "eval/accuracy": "watched accuracy {:.3f}"}
 
 
-class Interrupted(RuntimeError):
-    """SIGTERM arrived; raised on every rank at the same place."""
-
-
-class NonFinite(ArithmeticError):
-    """The loss or its gradient is NaN or infinite; nothing was updated."""
-
-
-class Alone(RuntimeError):
-    """The other processes of the run do not answer: one of them ended, most often by an error of its own."""
-
-
-class Ranks:
-    """The processes of a run, as torchrun describes them in the environment; one process without it.
-
-    Methods that need the other processes raise Alone when one of them is gone.
-    """
-
-    def __init__(self, device: str | None = None):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
-            with self._together():
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.stop_requested, self.is_patient = False, False
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def _on_sigterm(self, *_: Any) -> None:
-        self.stop_requested = True
-
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Around a call of torch.distributed, whose errors are RuntimeErrors."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]      # without a place in the sources
-            raise Alone(f"rank {self.rank} cannot reach the other ranks: {reason}") from None
-
-    @contextmanager
-    def patient(self) -> Iterator[None]:
-        """Finish what is begun inside, SIGTERM or not."""
-        self.is_patient = True
-        try:
-            yield
-        finally:
-            self.is_patient = False
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def map(self, function: Callable[[Sequence[T]], list[R]], items: Sequence[T], size: int, label: str) -> list[R]:
-        """function over chunks of `size` items, chunk i on rank i mod world; every rank gets all results, in order.
-
-        The chunks do not depend on the number of ranks, so neither do the results. Raises Interrupted after SIGTERM,
-        except inside `patient()`.
-        """
-        chunks = [items[i:i + size] for i in range(0, len(items), size)]
-        mine: dict[int, list[R]] = {}
-        with tqdm(total=len(items), desc=label, unit="item", disable=not self.first, leave=False) as bar:
-            for number in range(self.rank, len(chunks), self.world):
-                if self.stop_requested and not self.is_patient:
-                    break
-                mine[number] = function(chunks[number])
-                bar.update(sum(map(len, chunks[number:number + self.world])))
-        results = {number: result for part in self.gather(mine) for number, result in part.items()}
-        if self.any(self.stop_requested) and not self.is_patient:
-            raise Interrupted
-        return [result for number in range(len(chunks)) for result in results[number]]
-
-    def gather(self, value: T) -> list[T]:
-        """The value of every rank, on every rank."""
-        values = [value] * self.world
-        if self.world > 1:
-            with self._together():
-                dist.all_gather_object(values, value)
-        return values
-
-    def any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on one."""
-        return any(self.gather(flag))
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
-        if self.world > 1:
-            with self._together():
-                dist.all_reduce(tensor)
-        return tensor
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up gradients over ranks. A rank that had no pair contributes zeros, so no rank waits for another."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            self.sum(parameter.grad)
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            with self._together():
-                dist.barrier()
-
-
-def exit_status(program: str, work: Callable[[Ranks], int], device: str | None) -> int:
-    """work(ranks)'s exit status; what can go wrong becomes one sentence and 2 (usage) or 1 (anything else)."""
-    try:
-        with Ranks(device) as ranks:
-            return work(ranks)
-    except Interrupted:
-        message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
-    except FileExistsError as error:
-        message, status = str(error), 2
-    except (ValueError, OSError, ModuleNotFoundError, NonFinite, Alone) as error:
-        message, status = str(error), 1
-    print(f"{program}: {message}", file=sys.stderr)
-    return status
-
-
 class Run:
     """The folder of one run, `cfg.out`. All methods are called on every rank; rank 0 writes."""
 
-    def __init__(self, cfg: Any, ranks: Ranks):
+    def __init__(self, cfg: TrainingFlags, ranks: Ranks):
         self.cfg, self.ranks, self.folder = cfg, ranks, Path(cfg.out)
         self.checkpoints = self.folder / "checkpoints"
         if not cfg.resume:
@@ -262,7 +129,7 @@ class Run:
             self._cut_metrics(state["step"] if state else -1)
         return state
 
-    def settle(self, candidate: Path, keep: bool) -> None:
+    def deploy_or_discard(self, candidate: Path, keep: bool) -> None:
         """Turn the candidate's folder into deploy/, or remove it; an older deploy/ goes either way."""
         self.ranks.barrier()
         if self.ranks.first:
@@ -302,11 +169,6 @@ def state_fields(state: Any) -> dict[str, Any]:
     (dataclasses.asdict copies all that was ever answered, at every save.)"""
     return {name: [vars(each) if is_dataclass(each) else each for each in value] if isinstance(value, list) else value
             for name, value in vars(state).items()}
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without what follows; its name if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -24,15 +24,14 @@ from tqdm import tqdm
 from eval import load_task
 from eval import score as exact_match
 from gate import ACCEPT, gather_records, paired_difference, proportion
-from replay import Pair
-from tasks import Item
-from tasks.jsonl import Response, write_whole
-from verifier import REPLIES, VERDICTS, Score
-
 from model import generate, load_vlm, next_digits
 from model.checkpoint import folder_digest, resolve_folder
 from model.processor import Chat
 from model.vlm import VLM, pick_device
+from replay import Pair
+from tasks import Item
+from tasks.jsonl import Response, write_whole
+from verifier import REPLIES, VERDICTS, Score
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]

@@ -28,8 +28,18 @@ from torch.nn.utils.rnn import pad_sequence
 from .batch import TiledBatch
 from .checkpoint import Settings, either, rope_settings
 from .images import Picture
-from .layers import (Block, DecoderLayer, LayerCache, Linear, RMSNorm, SelfAttention, SwiGLU, Tree, attend,
-                     rope_frequencies)
+from .layers import (
+    Block,
+    DecoderLayer,
+    LayerCache,
+    Linear,
+    RMSNorm,
+    SelfAttention,
+    SwiGLU,
+    Tree,
+    attend,
+    rope_frequencies,
+)
 from .mllama_vision import VisionTower, gate
 from .processor import MllamaProcessor
 from .prompts import Prompts

@@ -18,8 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Settings, either, rope_settings
-from .layers import (Block, DecoderLayer, Grid, LayerCache, Linear, MRopeDecoder, PatchEmbed, RMSNorm, SelfAttention,
-                     SwiGLU, VisionAttention, patch_coordinates, vision_rope)
+from .layers import (
+    Block,
+    DecoderLayer,
+    Grid,
+    LayerCache,
+    Linear,
+    MRopeDecoder,
+    PatchEmbed,
+    RMSNorm,
+    SelfAttention,
+    SwiGLU,
+    VisionAttention,
+    patch_coordinates,
+    vision_rope,
+)
 from .processor import Batch, Qwen25Processor
 from .vlm import QwenVL
 

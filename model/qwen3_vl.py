@@ -17,8 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import Settings, rope_settings
-from .layers import (Block, DecoderLayer, Grid, LayerCache, LayerNorm, Linear, MRopeDecoder, PatchEmbed, SelfAttention,
-                     Tree, VisionAttention, patch_coordinates, vision_rope)
+from .layers import (
+    Block,
+    DecoderLayer,
+    Grid,
+    LayerCache,
+    LayerNorm,
+    Linear,
+    MRopeDecoder,
+    PatchEmbed,
+    SelfAttention,
+    Tree,
+    VisionAttention,
+    patch_coordinates,
+    vision_rope,
+)
 from .processor import Batch
 from .vlm import QwenVL
 

@@ -13,8 +13,7 @@ import math
 from itertools import islice
 from pathlib import Path
 
-from tasks import (Item, Verdict, column, data_path, encoded_image, is_hidden, read_json, read_parquet,
-                   row_name)
+from tasks import Item, Verdict, column, data_path, encoded_image, is_hidden, read_json, read_parquet, row_name
 from tasks.answers import LETTERS
 from tasks.values import check_answer, grade
 

@@ -17,17 +17,31 @@ from typing import Any
 import pytest
 import torch
 
+import judge as loop
 import verifier
 from eval import load_task
-import judge as loop
-from model import generate, load_vlm
-from loop.run import Ranks
 from loop import make_tiny
+from loop.ranks import Ranks
+from model import generate, load_vlm
 from tasks import Item
 from tasks.jsonl import export_items
 from tasks.rewardbench import Comparison, show
-from verifier import (COMPARISON, KINDS, Judgment, Score, SyntheticPair, alter_chat, altered_pair, balanced,
-                      comparison_chat, correct_pair, judge_pairs, kept_judgments, majority_pair, pairwise_scores)
+from verifier import (
+    COMPARISON,
+    KINDS,
+    Judgment,
+    Score,
+    SyntheticPair,
+    alter_chat,
+    altered_pair,
+    balanced,
+    comparison_chat,
+    correct_pair,
+    judge_pairs,
+    kept_judgments,
+    majority_pair,
+    pairwise_scores,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = {"items": 24, "held_out_items": 12, "iterations": 2, "patience": 2, "epochs": 2, "batch_size": 4,

@@ -50,14 +50,30 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
 import bench_peers  # noqa: E402
 import train  # noqa: E402
-from bench_peers import (RATE, SIZES, Figures, Meter, Size, chats, completions, digest, logprob_inputs,  # noqa: E402
-                         measure_load, questions, rubric_chats, unresized, write_checkpoint)
+from bench_peers import (  # noqa: E402
+    RATE,
+    SIZES,
+    Figures,
+    Meter,
+    Size,
+    chats,
+    completions,
+    digest,
+    logprob_inputs,
+    measure_load,
+    questions,
+    rubric_chats,
+    unresized,
+    write_checkpoint,
+)
 from dpo import sequence_logps  # noqa: E402
-from eval import make_item, score as exact_match  # noqa: E402
+from eval import make_item  # noqa: E402
+from eval import score as exact_match
+from loop.optimise import load_trainable, make_optimiser  # noqa: E402
+from loop.ranks import Ranks
+from loop.run import Run  # noqa: E402
 from model import FAMILIES, VLM, generate, load_vlm, next_digits  # noqa: E402
 from model.checkpoint import load_weights, read_settings  # noqa: E402
-from loop.optimise import load_trainable, make_optimiser  # noqa: E402
-from loop.run import Ranks, Run  # noqa: E402
 from model.vlm import FeatureCache  # noqa: E402
 from replay import Pair  # noqa: E402
 from tasks import Item  # noqa: E402

@@ -204,6 +204,7 @@ def make_runs(cfg: Config, plan: Plan, settings: Sequence[Setting], path: Path) 
 def begin_worker() -> None:
     """One thread; a task's items, which take seconds to draw, are drawn once."""
     import torch
+
     import train
     torch.set_num_threads(1)
     train.load_task = cache(train.load_task)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import test_gate
+
 from gate import MIN_DIRECTION, NEEDED_MIXED, clustered_ratio, measure, paired_difference, proportion
 from replay import select_pair
 

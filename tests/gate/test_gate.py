@@ -17,9 +17,21 @@ import numpy as np
 import pytest
 
 import gate
-from gate import (balanced_ratio, clustered_ratio, decide_before, explain_change, fell_significantly, gate_after,
-                  gather_records, mcnemar, measure, measure_rubric_accuracy, paired_difference, proportion,
-                  should_deploy_self_dpo)
+from gate import (
+    balanced_ratio,
+    clustered_ratio,
+    decide_before,
+    explain_change,
+    fell_significantly,
+    gate_after,
+    gather_records,
+    mcnemar,
+    measure,
+    measure_rubric_accuracy,
+    paired_difference,
+    proportion,
+    should_deploy_self_dpo,
+)
 from replay import select_pair
 from verifier import VERDICTS
 

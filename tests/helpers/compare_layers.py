@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model import VLM, load_vlm                                                                            # noqa: E402
-from model.processor import Batch, Chat                                                                    # noqa: E402
-from tiny import chat, load_reference, picture, reference_inputs                                           # noqa: E402
+from model import VLM, load_vlm  # noqa: E402
+from model.processor import Batch, Chat  # noqa: E402
+from tiny import chat, load_reference, picture, reference_inputs  # noqa: E402
 
 LAYER = re.compile(r"\.((blocks|layers|deepstack_merger_list)\.\d+|embed_tokens|merger|multi_modal_projector"
                    r"|patch_embed|language_model\.norm)$|^logits$")

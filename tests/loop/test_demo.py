@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-import train
 import judge
+import train
 from loop import demo
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from dpo import sequence_logps
+from loop.optimise import (
+    check_trainable,
+    load_trainable,
+    make_optimiser,
+    optimiser_step,
+    reference_model,
+    set_trainable,
+)
+from loop.ranks import Ranks
 from model import VLM, generate, load_vlm, save_vlm
 from model.lora import SCALE, Adapted, adapters, adapters_off, add_adapters
-from loop.optimise import (check_trainable, frozen_self, load_trainable, make_optimiser, optimiser_step,
-                            set_trainable)
 from model.pairs import pack_pairs
-from loop.run import Ranks
 from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -103,7 +109,7 @@ def test_adapters(folder: Path, tmp_path: Path) -> None:
     with adapters_off(vlm):
         assert torch.equal(logps(vlm), plain)
     assert torch.equal(logps(vlm), changed)
-    with frozen_self(vlm) as reference:
+    with reference_model(vlm) as reference:
         assert reference is vlm and torch.equal(logps(reference), plain)
     save_vlm(vlm, tmp_path / "merged")
     again = load_vlm(tmp_path / "merged")
@@ -177,10 +183,10 @@ def test_the_frozen_self_is_the_file(folder: Path) -> None:
     plain = logps(vlm)
     for p in vlm.parameters():
         p.mul_(1.1) if p.requires_grad else None
-    with frozen_self(vlm) as reference:
+    with reference_model(vlm) as reference:
         assert reference is not vlm and torch.equal(logps(reference), plain)
         assert reference.feature_cache is vlm.feature_cache is not None and not trained(reference)
-    with frozen_self(opened(folder, trainable="all")) as reference:
+    with reference_model(opened(folder, trainable="all")) as reference:
         assert reference.feature_cache is None
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.checkpoint import whole_folder, write_json
-from loop.run import Alone, Interrupted, Ranks, Run, check_same, exit_status
-from model.checkpoint import folder_digest
+from loop.ranks import Interrupted, LostRank, Ranks, exit_status
+from loop.run import Run, check_same
+from model.checkpoint import folder_digest, whole_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Share(Ranks):
     """One of several processes, which run one after another: what each would gather is put together afterwards."""
 
     def __init__(self, rank: int, world: int, parts: list[Any], pretended: list[Any] | None = None):
-        self.rank, self.world, self.stop_requested, self.is_patient = rank, world, False, False
+        self.rank, self.world, self.stop_requested, self.is_uninterrupted = rank, world, False, False
         self.parts, self.pretended = parts, pretended
 
     def gather(self, value: Any) -> list[Any]:
@@ -114,7 +114,7 @@ def test_map_stops_between_chunks(ranks: Ranks) -> None:
 
 def test_map_is_patient_where_it_is_told(ranks: Ranks) -> None:
     """A look that belongs to a step is finished; what comes after it is not begun."""
-    with ranks.patient():
+    with ranks.uninterrupted():
         ranks.stop_requested = True
         assert ranks.map(list, list(range(10)), 2, "looking") == list(range(10))
     with pytest.raises(Interrupted):
@@ -138,11 +138,11 @@ def test_the_other_ranks_are_gone(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for name in ("all_gather_object", "all_reduce", "barrier"):
         monkeypatch.setattr(torch.distributed, name, closed)
     two = Share(1, 2, [])
-    monkeypatch.setattr("loop.run.Ranks", lambda device: two)
+    monkeypatch.setattr("loop.ranks.Ranks", lambda device: two)
     for work in (lambda r: Ranks.gather(r, 1), lambda r: r.sum(torch.ones(1)), lambda r: r.barrier()):
         assert exit_status("train.py", work, "cpu") == 1
         assert capsys.readouterr().err == "train.py: rank 1 cannot reach the other ranks: Connection closed by peer\n"
-    with pytest.raises(Alone):
+    with pytest.raises(LostRank):
         two.sum(torch.ones(1))
     with pytest.raises(RuntimeError, match="^shape$"):
         exit_status("train.py", lambda r: closed_by_work(), "cpu")
@@ -400,7 +400,7 @@ def test_settle(run: Run, keep: bool) -> None:
     for name in ("candidate", "deploy"):
         (run.folder / name).mkdir()
         (run.folder / name / name).write_text("x")
-    run.settle(run.folder / "candidate", keep)
+    run.deploy_or_discard(run.folder / "candidate", keep)
     assert not (run.folder / "candidate").exists()
     assert (names(run.folder / "deploy") == ["candidate"]) if keep else not (run.folder / "deploy").exists()
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 import train
 from eval import load_task, score
+from loop.ranks import Ranks
+from loop.run import Run
 from model import VLM, generate, load_vlm, next_digits, save_vlm
 from model.prompts import pack_prompts
-from loop.run import Ranks, Run
 from replay import Pair
 from tasks import Item
 from train import Config, State

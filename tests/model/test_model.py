@@ -20,8 +20,18 @@ from model.processor import collate
 from model.prompts import pack_prompts
 from model.sampler import banned_tokens
 from model.vlm import FeatureCache
-from tiny import (CONFIGS, chat, disk_name, example_chats, follow_meta, load_reference, picture, reference_greedy,
-                  reference_inputs, write_checkpoint)
+from tiny import (
+    CONFIGS,
+    chat,
+    disk_name,
+    example_chats,
+    follow_meta,
+    load_reference,
+    picture,
+    reference_greedy,
+    reference_inputs,
+    write_checkpoint,
+)
 
 # family, tied head, spelling of config.json, key names, shards, whom Mllama follows
 VARIANTS = {

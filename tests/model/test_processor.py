@@ -48,8 +48,10 @@ def test_mllama_batch_equals_transformers(tmp_path: Path) -> None:
     """Pictures filled up to the most of a chat, aspect ratio ids and masks, and what each token sees."""
     pytest.importorskip("transformers")
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-    from transformers.models.mllama.processing_mllama import (convert_sparse_cross_attention_mask_to_dense,
-                                                              get_cross_attention_token_mask)
+    from transformers.models.mllama.processing_mllama import (
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
+    )
     vlm = load_vlm(write_checkpoint(tmp_path, CONFIGS["mllama"]()))
     shots = [picture(30, 40), picture(90, 20, 1), picture(20, 200, 2), picture(28, 28, 3)]
     chats = [chat(shots[0], "one"), chat("x", shots[1], shots[2], "two of them", shots[3], "and one")]

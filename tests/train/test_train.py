@@ -23,9 +23,10 @@ import train
 from dpo import METRICS
 from eval import load_task, score
 from gate import explain_change, proportion
-from model import generate, load_vlm
 from loop.optimise import learning_rate
-from loop.run import Interrupted, NonFinite, Ranks, Run
+from loop.ranks import Interrupted, NonFinite, Ranks
+from loop.run import Run
+from model import generate, load_vlm
 from replay import Pair
 from tasks import Item
 from tasks.jsonl import export_items

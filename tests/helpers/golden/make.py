@@ -19,9 +19,17 @@ from safetensors.torch import save_file
 GOLDEN = Path(__file__).resolve().parent
 sys.path[:0] = [str(GOLDEN.parents[2]), str(GOLDEN.parent)]
 
-from model import load_vlm                                                                                # noqa: E402
-from tiny import (CLIP, CONFIGS, example_chats, follow_meta, load_reference, reference_greedy, reference_inputs,
-                  write_checkpoint)                                                                        # noqa: E402
+from model import load_vlm  # noqa: E402
+from tiny import (
+    CLIP,
+    CONFIGS,
+    example_chats,
+    follow_meta,
+    load_reference,
+    reference_greedy,
+    reference_inputs,
+    write_checkpoint,  # noqa: E402
+)
 
 COLUMNS, TOKENS = [0, 50, 120, 255], 6
 PREPROCESSING = {
