@@ -1,6 +1,6 @@
-"""The demo's table and picture: the loss falls on both tasks, the accuracy on one.
+"""The demo: one task that the verifier understands, one that it does not; its table and its picture.
 
-    python -m loop.demo runs/demo          print them again from a finished demo
+    python -m loop.demo runs/demo           print both again from a finished demo
 """
 from __future__ import annotations
 
@@ -8,139 +8,222 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-EXPECTED = {"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")}
+from loop.flags import TrainingFlags
+from loop.ranks import Ranks
+
+EXPECTED = {"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")}     # task -> gate before, gate after
+TITLES = {"bar": "the verifier understands it", "red": "the verifier does not understand it"}
+SMOOTHED = 5                                            # steps that a point of the loss curve is the mean of
+
+C = TypeVar("C", bound=TrainingFlags)
+Points = list[tuple[int, float]]                        # (step, value)
 
 
-def run(main: Callable[[Any, Any], int], cfg: Any, ranks: Any) -> int:
-    """The ordinary run on a task that the verifier understands and, forced, on one that it does not.
+# ---- running
 
-    `main(cfg, ranks)` is train.py's. Replaces an earlier demo. 0 if both tasks went as EXPECTED, else 1.
+def run(main: Callable[[C, Ranks], int], cfg: C, ranks: Ranks) -> int:
+    """The ordinary run on both tasks; on red with --force, since its gate says BLOCK.
+
+    `main` is train.py's. An earlier demo is replaced. Returns 0 if both tasks went as EXPECTED, else 1.
     """
     folder = Path(cfg.out or "runs/demo")
     if cfg.out and ranks.any(folder.exists()):
         raise FileExistsError(f"{folder} exists; choose another --out")
+
     with replaced(folder, ranks):
         for task in EXPECTED:
             if ranks.first:
                 print(f"\n== {task}", flush=True)
-            main(replace(cfg, task=task, out=str(folder / task), force=task == "red"), ranks)
+            flags = replace(cfg, task=task, out=str(folder / task), force=task == "red")
+            main(flags, ranks)
     return report(folder) if ranks.first else 0
 
 
 @contextmanager
-def replaced(folder: Path, ranks: Any) -> Iterator[None]:
+def replaced(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Inside, `folder` is out of the way. It comes back if no new one was made: a wrong flag costs nobody a demo."""
-    before = folder.with_name(f".{folder.name}.before")
+    earlier = folder.with_name(f".{folder.name}.before")
     if ranks.first and folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
-        os.replace(folder, before)
+        shutil.rmtree(earlier, ignore_errors=True)
+        os.replace(folder, earlier)
     ranks.barrier()
+
     try:
         yield
     finally:
-        if ranks.first and before.exists():
+        if ranks.first and earlier.exists():
             if folder.exists():
-                shutil.rmtree(before)
+                shutil.rmtree(earlier)
             else:
-                os.replace(before, folder)
+                os.replace(earlier, folder)
 
 
 def report(folder: Path) -> int:
     """Print the table, write the picture; 0 if both tasks went as EXPECTED, else 1."""
-    summaries = {task: json.loads((folder / task / "summary.json").read_text(encoding="utf-8")) for task in EXPECTED}
+    summaries = {}
+    curves = {}
+    verdicts = {}
+    for task in EXPECTED:
+        summary = json.loads((folder / task / "summary.json").read_text(encoding="utf-8"))
+        post_gate = summary["post_gate"] or {}
+        summaries[task] = summary
+        curves[task] = read_curves(folder / task / "metrics.jsonl")
+        verdicts[task] = (summary["pre_gate"]["verdict"], post_gate.get("verdict"))
+
     print("\n" + table(summaries))
-    curves = {task: read_curves(folder / task / "metrics.jsonl") for task in EXPECTED}
     print(f"picture: {draw(curves, folder)}")
-    verdicts = {t: (s["pre_gate"]["verdict"], (s["post_gate"] or {}).get("verdict")) for t, s in summaries.items()}
     return 0 if verdicts == EXPECTED else 1
 
 
-def table(summaries: dict[str, dict[str, Any]]) -> str:
+# ---- the table
+
+HEAD = ("task", "frozen baseline", "agreement", "(candidates)", "own answers", "(student)", "published rule",
+        "gate before", "loss first", "last", "final accuracy", "gate after")
+
+
+def table(summaries: Mapping[str, dict[str, Any]]) -> str:
     """One row a task: what was measured before, what the loss did, what was measured after."""
-    def figure(value: dict[str, Any] | None) -> str:
-        return "-" if value is None else f"{value['value']:.3f}"
+    rows = [HEAD]
+    for task, summary in summaries.items():
+        before = summary["pre_gate"]
+        after = summary["post_gate"] or {}
+        rows.append((
+            task,
+            decimals(summary["baseline_accuracy"]),
+            decimals(before["rubric_accuracy"]),
+            decimals(before["baseline_accuracy"]),
+            decimals(before["own_answer_accuracy"]),
+            decimals(before["greedy_accuracy"]),
+            before["published_verdict"],
+            before["verdict"],
+            decimals(summary["loss_first"]),
+            decimals(summary["loss_last"]),
+            decimals(summary["final_accuracy"]),
+            after.get("verdict", "-"),
+        ))
 
-    def loss(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-    head = ("task", "frozen baseline", "agreement", "(candidates)", "own answers", "(student)", "published rule",
-            "gate before", "loss first", "last", "final accuracy", "gate after")
-    rows = [head]
-    for task, s in summaries.items():
-        pre, post = s["pre_gate"], s["post_gate"] or {}
-        measured = ("rubric_accuracy", "baseline_accuracy", "own_answer_accuracy", "greedy_accuracy")
-        rows.append((task, figure(s["baseline_accuracy"]), *(figure(pre[name]) for name in measured),
-                     pre["published_verdict"], pre["verdict"], loss(s["loss_first"]), loss(s["loss_last"]),
-                     figure(s["final_accuracy"]), post.get("verdict", "-")))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    columns = zip(*rows, strict=True)
+    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
-def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of the loss and of the watched accuracy, and (first step, number) of the rounds."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []     # none where a gate said no
-    rows = [json.loads(line) for line in lines]
-    curves = {name: [(r["step"], r[name]) for r in rows if name in r] for name in ("loss", "eval/accuracy")}
-    first = {r["round"]: r["step"] for r in reversed(rows) if "round" in r}
-    return curves | {"rounds": sorted((step, number) for number, step in first.items())}
+def decimals(figure: dict[str, Any] | float | None) -> str:
+    """A figure's value, or a number, with three decimals; "-" where there is none."""
+    value = figure["value"] if isinstance(figure, dict) else figure
+    return "-" if value is None else f"{value:.3f}"
 
 
-def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], folder: Path) -> Path:
+# ---- the picture
+
+@dataclass
+class Curves:
+    """What metrics.jsonl holds of a run that is drawn."""
+    loss: Points
+    accuracy: Points                                    # on the watch split
+    round_starts: list[int]                             # the first step of each round
+
+
+def read_curves(path: Path) -> Curves:
+    """The curves of a run; empty ones where a gate said no and nothing was trained."""
+    curves = Curves([], [], [])
+    if not path.is_file():
+        return curves
+
+    rounds = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "loss" in row:
+            curves.loss.append((row["step"], row["loss"]))
+        if "eval/accuracy" in row:
+            curves.accuracy.append((row["step"], row["eval/accuracy"]))
+        if "round" in row and row["round"] not in rounds:
+            rounds.add(row["round"])
+            curves.round_starts.append(row["step"])
+    return curves
+
+
+def draw(curves: Mapping[str, Curves], folder: Path) -> Path:
     """demo.png with matplotlib where it is installed, else demo.txt, which is printed as well."""
     try:
         import matplotlib
     except ModuleNotFoundError:
-        path, text = folder / "demo.txt", "\n\n".join(text_plot(task, lines) for task, lines in curves.items())
+        text = "\n\n".join(text_plot(task, lines) for task, lines in curves.items())
         print(f"\n{text}\n(pip install matplotlib draws this as a picture)")
+        path = folder / "demo.txt"
         path.write_text(text + "\n", encoding="utf-8")
         return path
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, panels = pyplot.subplots(1, len(curves), figsize=(10, 3.8), sharey=True)
-    for panel, (task, lines) in zip(panels, curves.items()):
+    for panel, (task, lines) in zip(panels, curves.items(), strict=True):
         right = panel.twinx()
-        for axis, line, mark, colour, label in (
-                (panel, smooth(lines["loss"]), "", "grey", "DPO loss (mean of 5 steps)"),
-                (right, lines["eval/accuracy"], "o", "tab:blue", "watched accuracy")):
-            axis.plot([step for step, _ in line], [v for _, v in line], marker=mark, color=colour, label=label)
-        for step, _ in lines["rounds"][1:]:
+        panel.plot(*columns(smooth(lines.loss)), color="grey", label=f"DPO loss (mean of {SMOOTHED} steps)")
+        right.plot(*columns(lines.accuracy), marker="o", color="tab:blue", label="watched accuracy")
+        for step in lines.round_starts[1:]:
             panel.axvline(step, color="lightgrey", linestyle=":")
-        right.set_ylim(0, 1)
-        panel.set_title(f"{task}: the verifier " + ("does not understand it" if task == "red" else "understands it"))
+
+        panel.set_title(f"{task}: {TITLES[task]}")
         panel.set(xlabel="step (dotted: a new round, new pairs)", ylabel="loss")
         right.set_ylabel("accuracy")
-    handles = [axis.get_legend_handles_labels()[0][0] for axis in (panel, right)]
-    figure.legend(handles=handles, loc="lower center", ncol=2, frameon=False)
+        right.set_ylim(0, 1)
+
+    legend = [axis.get_legend_handles_labels()[0][0] for axis in (panel, right)]
+    figure.legend(handles=legend, loc="lower center", ncol=2, frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(folder / "demo.png", dpi=110)
-    return folder / "demo.png"
+    path = folder / "demo.png"
+    figure.savefig(path, dpi=110)
+    return path
 
 
-def smooth(points: list[tuple[int, float]], width: int = 5) -> list[tuple[int, float]]:
-    """Running mean of the last `width` values."""
-    return [(step, sum(v for _, v in points[max(0, i + 1 - width):i + 1]) / min(width, i + 1))
-            for i, (step, _) in enumerate(points)]
+def columns(points: Points) -> tuple[list[int], list[float]]:
+    """Steps and values of a curve."""
+    return [step for step, _ in points], [value for _, value in points]
 
 
-def text_plot(task: str, lines: dict[str, list[tuple[int, float]]], width: int = 60, height: int = 12) -> str:
+def smooth(points: Points, width: int = SMOOTHED) -> Points:
+    """The running mean of the last `width` values, of fewer at the beginning."""
+    smoothed = []
+    for end, (step, _) in enumerate(points, 1):
+        window = points[max(0, end - width):end]
+        total = sum(value for _, value in window)
+        smoothed.append((step, total / len(window)))
+    return smoothed
+
+
+def text_plot(task: str, lines: Curves, width: int = 60, height: int = 12) -> str:
     """Both curves in characters, each from its lowest to its highest value: l the loss, A the accuracy."""
+    named = [("l", "DPO loss", smooth(lines.loss)), ("A", "accuracy", lines.accuracy)]
+    steps = [step for step, _ in lines.loss + lines.accuracy]
+    last_step = max(steps, default=0) or 1
+
     grid = [[" "] * width for _ in range(height)]
-    named = (("l", "DPO loss", smooth(lines["loss"])), ("A", "accuracy", lines["eval/accuracy"]))
-    last, notes = max((step for *_, points in named for step, _ in points), default=0) or 1, []
+    notes = []
     for mark, name, points in named:
         if not points:                                  # every round was skipped: there is no loss
             continue
-        low, high = min(v for _, v in points), max(v for _, v in points)
+        values = [value for _, value in points]
+        low = min(values)
+        high = max(values)
+        spread = (high - low) or 1
         for step, value in points:
-            row = (high - value) / (high - low or 1)
-            grid[round(row * (height - 1))][round(step / last * (width - 1))] = mark
-        notes.append(f"{mark} {name} {points[0][1]:.3f} -> {points[-1][1]:.3f} (drawn from {low:.3f} to {high:.3f})")
-    return "\n".join([task, *("|" + "".join(row) for row in grid), "+" + "-" * width, *notes])
+            row = round((high - value) / spread * (height - 1))
+            column = round(step / last_step * (width - 1))
+            grid[row][column] = mark
+        notes.append(f"{mark} {name} {values[0]:.3f} -> {values[-1]:.3f} (drawn from {low:.3f} to {high:.3f})")
+
+    drawn = ["|" + "".join(row) for row in grid]
+    return "\n".join([task, *drawn, "+" + "-" * width, *notes])
 
 
 if __name__ == "__main__":

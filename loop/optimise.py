@@ -1,6 +1,6 @@
-"""What is trained, and one step of it: AdamW over a batch that ranks share and micro-batches cut, warm-up and cosine.
+"""What is trained, and one optimiser step: AdamW over a batch that ranks share and micro-batches cut.
 
-What is trained on (pairs, a judge's traces) is the caller's: it hands in the loss of a part of the batch.
+What is trained on (preference pairs, a judge's judgments) is the caller's: it hands in the loss of a part of a batch.
 """
 from __future__ import annotations
 
@@ -23,73 +23,98 @@ from model.vlm import VLM, FeatureCache
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SMALL = 10_000_000                                      # parameters of a model that one CPU thread serves best
+ONE_THREAD_PARAMETERS = 10_000_000                      # a model with fewer is computed fastest by one CPU thread
 
+
+# ---- what is trained
 
 def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
-    """The model that is trained, as `cfg` has it: dtype, trainable, lora_rank, recompute, feature_cache_gb, seed.
+    """The model that is trained, as the flags dtype, trainable, lora_rank, recompute and feature_cache_gb have it.
 
-    Weights that are trained are held in fp32 and computed in `dtype`; those that are frozen have that dtype where the
-    files do, and always under adapters, which are fp32. A frozen tower's features are kept between calls, up to
-    `feature_cache_gb`.
+    Trained weights are held in fp32 and computed in `dtype`: a bf16 weight cannot take a step of 1e-6. Frozen weights
+    are held in `dtype` where the files are, and always under adapters, which are fp32 themselves.
     """
     dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     vlm = load_vlm(path, device, dtype if cfg.lora_rank else torch.float32)
     vlm.compute_dtype = dtype
+
     set_trainable(vlm, cfg.trainable, cfg.lora_rank, cfg.seed)
-    for p in vlm.parameters():
-        if not p.requires_grad and vlm.file_dtype == dtype:         # nothing is lost: the files hold no more
-            p.data = p.data.to(dtype)
+    for parameter in vlm.parameters():
+        if not parameter.requires_grad and vlm.file_dtype == dtype:     # nothing is lost: the files hold no more
+            parameter.data = parameter.data.to(dtype)
+
     for module in vlm.modules():
         if isinstance(module, Block):
             module.recompute = cfg.recompute
+
+    # A frozen tower sees each picture once; its features are kept between calls.
     if cfg.trainable != "all":
         vlm.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
-    if device.type == "cpu" and sum(p.numel() for p in vlm.parameters()) < SMALL:
-        torch.set_num_threads(1)                        # threads that share so little work mostly wait for each other
+
+    # Threads that share so little work mostly wait for each other.
+    if device.type == "cpu" and sum(parameter.numel() for parameter in vlm.parameters()) < ONE_THREAD_PARAMETERS:
+        torch.set_num_threads(1)
     return vlm
 
 
 def set_trainable(vlm: VLM, what: str, lora_rank: int = 0, seed: int = 0) -> None:
     """Freeze all but `what`: "all", "language" (the tower frozen), or "layers:A-B", decoder layers A to B, from 0.
 
-    With a `lora_rank` these layers get adapters, and only the adapters are trained.
+    With a `lora_rank` these layers get adapters, and only the adapters are trained. ValueError for layers that the
+    model does not have.
     """
     check_trainable(what, lora_rank)
-    layers, chosen = vlm.decoder.layers, re.fullmatch(r"layers:(\d+)-(\d+)", what)
-    first, last = (int(chosen[1]), int(chosen[2])) if chosen else (0, len(layers) - 1)
+    layers = vlm.decoder.layers
+    first = 0
+    last = len(layers) - 1
+    span = re.fullmatch(r"layers:(\d+)-(\d+)", what)
+    if span:
+        first = int(span[1])
+        last = int(span[2])
     if not first <= last < len(layers):
         raise ValueError(f"--trainable {what}: the language model has layers 0 to {len(layers) - 1}")
-    vlm.requires_grad_(what == "all" or what == "language" and not lora_rank)
-    if what == "language":
-        vlm.tower.requires_grad_(False)
+    chosen = layers[first:last + 1]
+
     if lora_rank:
-        add_adapters(layers[first:last + 1], lora_rank, seed)
-    elif chosen:
-        layers[first:last + 1].requires_grad_(True)
+        vlm.requires_grad_(False)
+        add_adapters(chosen, lora_rank, seed)
+    elif what == "all":
+        vlm.requires_grad_(True)
+    elif what == "language":
+        vlm.requires_grad_(True)
+        vlm.tower.requires_grad_(False)
+    else:
+        vlm.requires_grad_(False)
+        chosen.requires_grad_(True)
 
 
 @contextmanager
 def reference_model(vlm: VLM) -> Iterator[VLM]:
-    """`vlm` as it was loaded: itself with the adapters off, else a copy, in memory only as long as it is used."""
+    """The reference pi_ref: `vlm` as it was before training.
+
+    With adapters it is the model itself, its adapters switched off. Otherwise it is a copy from disk, in memory only
+    inside the `with` block.
+    """
     if adapters(vlm):
         with adapters_off(vlm):
             yield vlm
         return
     copy = load_vlm(vlm.folder, vlm.device, vlm.dtype).requires_grad_(False)
-    copy.feature_cache = vlm.feature_cache              # None where the tower is trained
+    copy.feature_cache = vlm.feature_cache              # the same tower; None where the tower is trained
     yield copy
 
 
+# ---- the optimiser
+
 def make_optimiser(vlm: VLM, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over what is trained."""
-    parameters = [p for p in vlm.parameters() if p.requires_grad]
+    parameters = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def training_state(vlm: VLM, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     """What a checkpoint holds of the training: the weights that are trained, and the optimiser's state."""
-    trained = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad}
+    trained = {name: parameter.detach() for name, parameter in vlm.named_parameters() if parameter.requires_grad}
     return {"model": trained, "optimiser": optimiser.state_dict()}
 
 
@@ -101,33 +126,45 @@ def load_training_state(vlm: VLM, optimiser: torch.optim.Optimizer, saved: dict[
 
 
 def learning_rate(peak: float, warmup_steps: int, step: int, planned: int) -> float:
-    """Linear warm-up, then a cosine to a tenth of the peak at step `planned`, the last that may come (from 1)."""
-    return peak * min(step / max(warmup_steps, 1), 0.55 + 0.45 * math.cos(math.pi * step / planned))
+    """Linear warm-up, then a cosine from the peak to a tenth of it at step `planned`, the last (counted from 1)."""
+    warm_up = step / max(warmup_steps, 1)
+    cosine = 0.55 + 0.45 * math.cos(math.pi * step / planned)
+    return peak * min(warm_up, cosine)
 
 
 def optimiser_step(run: Run, optimiser: torch.optim.Optimizer, batch: Sequence[T],
-                   loss: Callable[[Sequence[T]], tuple[Tensor, Tensor]], names: Sequence[str], step: int,
+                   loss: Callable[[Sequence[T]], tuple[Tensor, dict[str, Tensor]]], names: Sequence[str], step: int,
                    planned: int) -> dict[str, float]:
     """One step over `batch`, shared between ranks and cut into micro-batches, normalised once over all of it.
 
-    loss(part): (the summed loss of its entries, with gradient; the sums over them of what `names` name, (M,), the
-    loss first). `step` counts from 1; run.cfg has micro_batch, clip, lr and warmup_steps. Returns the means, the
-    gradient's norm and the learning rate; raises NonFinite, before anything is updated, if the loss or the gradient is.
+    `loss(part)` returns the losses of n examples, (n,), with gradient, and their metrics by name, (n,) each, "loss"
+    among `names`. `step` counts from 1, `planned` is the last. run.cfg has micro_batch, clip, lr and warmup_steps.
+    Returns the metrics' means over the batch, grad_norm and lr. Raises NonFinite, before anything is updated, if the
+    loss or the gradient is NaN or infinite.
     """
-    cfg, ranks, parameters = run.cfg, run.ranks, optimiser.param_groups[0]["params"]
-    mine, totals = batch[ranks.rank::ranks.world], torch.zeros(len(names), device=ranks.device)
+    cfg = run.cfg
+    ranks = run.ranks
+    parameters = optimiser.param_groups[0]["params"]
+
+    # Gradients add up over micro-batches and ranks; each is divided by the whole batch's size.
+    mine = batch[ranks.rank::ranks.world]
+    totals = torch.zeros(len(names), device=ranks.device)
     for start in range(0, len(mine), cfg.micro_batch):
-        summed, metrics = loss(mine[start:start + cfg.micro_batch])
-        if summed.requires_grad:                        # cross-attention layers see nothing of a text
-            (summed / len(batch)).backward()
-        totals += metrics
+        losses, metrics = loss(mine[start:start + cfg.micro_batch])
+        if losses.requires_grad:                        # False where cross-attention alone is trained and no picture
+            (losses.sum() / len(batch)).backward()      # is there: then nothing depends on it
+        totals += torch.stack([metrics[name] for name in names]).sum(1)
     ranks.sum_gradients(parameters)
     means = (ranks.sum(totals) / len(batch)).tolist()
+    row = dict(zip(names, means, strict=True))
+
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip).item()
-    if not all(map(math.isfinite, (*means, norm))):
-        raise NonFinite(f"step {step}: the loss is {means[0]}, the gradient's norm {norm}; nothing was updated, "
+    if not all(math.isfinite(value) for value in (*means, norm)):
+        raise NonFinite(f"step {step}: the loss is {row['loss']}, the gradient's norm {norm}; nothing was updated, "
                         "the newest checkpoint is from before")
-    rate = optimiser.param_groups[0]["lr"] = learning_rate(cfg.lr, cfg.warmup_steps, step, planned)
+
+    rate = learning_rate(cfg.lr, cfg.warmup_steps, step, planned)
+    optimiser.param_groups[0]["lr"] = rate
     optimiser.step()
     optimiser.zero_grad()
-    return {**dict(zip(names, means)), "grad_norm": norm, "lr": rate}
+    return {**row, "grad_norm": norm, "lr": rate}

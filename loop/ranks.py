@@ -1,4 +1,4 @@
-"""The processes of a run: what torchrun starts, what they share, and how a program ends."""
+"""The processes of a run, as torchrun starts them: what they share, how they stop together, how a program ends."""
 from __future__ import annotations
 
 import os
@@ -7,7 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,38 +40,44 @@ class Ranks:
     """
 
     def __init__(self, device: str | None = None):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+
         if self.world > 1 and not dist.is_initialized():
-            with self._together():
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.stop_requested, self.is_uninterrupted = False, False
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            with self._calling_others():
+                dist.init_process_group(backend)
+
+        self.stop_requested = False                     # SIGTERM arrived at this rank
+        self.is_uninterrupted = False                   # inside `uninterrupted()`
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
-    def _on_sigterm(self, *_: Any) -> None:
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True
 
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Around a call of torch.distributed, whose errors are RuntimeErrors."""
+    def _calling_others(self) -> Iterator[None]:
+        """Around a call of torch.distributed: its RuntimeError becomes LostRank with one short reason."""
         try:
             yield
         except RuntimeError as error:
-            reason = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]      # without a place in the sources
+            message = re.sub(r"^\[\S+\] ", "", first_line(error))       # without the place in torch's sources
+            reason = message.split(". ")[0]
             raise LostRank(f"rank {self.rank} cannot reach the other ranks: {reason}") from None
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """Finish what is begun inside, SIGTERM or not."""
+        """Inside, `map` goes on to its end even if SIGTERM has arrived."""
         self.is_uninterrupted = True
         try:
             yield
@@ -79,32 +86,40 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
 
     def map(self, function: Callable[[Sequence[T]], list[R]], items: Sequence[T], size: int, label: str) -> list[R]:
-        """function over chunks of `size` items, chunk i on rank i mod world; every rank gets all results, in order.
+        """`function` over chunks of `size` items, chunk i on rank i mod world; every rank gets all results, in order.
 
         The chunks do not depend on the number of ranks, so neither do the results. Raises Interrupted after SIGTERM,
         except inside `uninterrupted()`.
         """
-        chunks = [items[i:i + size] for i in range(0, len(items), size)]
+        chunks = [items[start:start + size] for start in range(0, len(items), size)]
         mine: dict[int, list[R]] = {}
         with tqdm(total=len(items), desc=label, unit="item", disable=not self.first, leave=False) as bar:
             for number in range(self.rank, len(chunks), self.world):
                 if self.stop_requested and not self.is_uninterrupted:
                     break
                 mine[number] = function(chunks[number])
-                bar.update(sum(map(len, chunks[number:number + self.world])))
-        results = {number: result for part in self.gather(mine) for number, result in part.items()}
+                done_meanwhile = chunks[number:number + self.world]     # by all ranks, about
+                bar.update(sum(len(chunk) for chunk in done_meanwhile))
+
+        by_chunk: dict[int, list[R]] = {}
+        for part in self.gather(mine):
+            by_chunk |= part
         if self.any(self.stop_requested) and not self.is_uninterrupted:
             raise Interrupted
-        return [result for number in range(len(chunks)) for result in results[number]]
+        results: list[R] = []
+        for number in range(len(chunks)):
+            results += by_chunk[number]
+        return results
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, on every rank."""
         values = [value] * self.world
         if self.world > 1:
-            with self._together():
+            with self._calling_others():
                 dist.all_gather_object(values, value)
         return values
 
@@ -115,38 +130,43 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.world > 1:
-            with self._together():
+            with self._calling_others():
                 dist.all_reduce(tensor)
         return tensor
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up gradients over ranks. A rank that had no pair contributes zeros, so no rank waits for another."""
+        """Add up gradients over ranks. A rank that had no example contributes zeros, so no rank waits for another."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self.sum(parameter.grad)
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.world > 1:
-            with self._together():
+            with self._calling_others():
                 dist.barrier()
 
 
 def exit_status(program: str, work: Callable[[Ranks], int], device: str | None) -> int:
-    """work(ranks)'s exit status; what can go wrong becomes one sentence and 2 (usage) or 1 (anything else)."""
+    """The exit status of work(ranks). What can go wrong becomes one sentence and 2 (usage) or 1 (anything else)."""
     try:
         with Ranks(device) as ranks:
             return work(ranks)
     except Interrupted:
-        message, status = "stopped by SIGTERM; --resume continues from the newest checkpoint", 1
+        message = "stopped by SIGTERM; --resume continues from the newest checkpoint"
+        status = 1
     except FileExistsError as error:
-        message, status = str(error), 2
+        message = str(error)
+        status = 2
     except (ValueError, OSError, ModuleNotFoundError, NonFinite, LostRank) as error:
-        message, status = str(error), 1
+        message = str(error)
+        status = 1
     print(f"{program}: {message}", file=sys.stderr)
     return status
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what follows; its name if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of what an error says; its name if it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -271,15 +271,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so; NaN is a ValueError."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

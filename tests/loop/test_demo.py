@@ -130,7 +130,7 @@ def test_run_asks_main_for_both_tasks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "runs" / "demo" / "old").exists()
 
 
-@pytest.mark.parametrize("script, folder", [("train", "demo"), ("verifier", "demo/judge")])
+@pytest.mark.parametrize("script, folder", [("train", "demo"), ("judge", "demo/judge")])
 def test_a_demo_that_cannot_start_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str,
                                                          folder: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -138,7 +138,7 @@ def test_a_demo_that_cannot_start_leaves_the_earlier_one(tmp_path: Path, monkeyp
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
     monkeypatch.setattr("sys.argv", [f"{script}.py", "--student" if script == "train" else "--verifier", "nope"])
-    assert (train.cli() if script == "train" else judge.cli(None)) == 1
+    assert (train.cli() if script == "train" else judge.cli()) == 1
     assert kept.read_text() == "mine" and [path.name for path in kept.parent.parent.iterdir()] == [kept.parent.name]
 
 
@@ -181,9 +181,9 @@ def test_table() -> None:
 def test_read_curves(tmp_path: Path) -> None:
     write(tmp_path, {"bar": ("PASS", "PROMOTE")})
     curves = demo.read_curves(tmp_path / "bar" / "metrics.jsonl")
-    assert curves["eval/accuracy"] == [(0, 0.5), (9, 0.75)]
-    assert [step for step, _ in curves["loss"]] == list(range(1, 10)) and curves["loss"][-1] == (9, 0.5)
-    assert curves["rounds"] == [(1, 1), (5, 2)]                             # each round's first step
+    assert curves.accuracy == [(0, 0.5), (9, 0.75)]
+    assert [step for step, _ in curves.loss] == list(range(1, 10)) and curves.loss[-1] == (9, 0.5)
+    assert curves.round_starts == [1, 5]                                    # each round's first step
 
 
 def test_smooth() -> None:
@@ -194,7 +194,7 @@ def test_smooth() -> None:
 
 def test_text_plot() -> None:
     """Each curve from its highest value, above, to its lowest; steps from left to right."""
-    lines = {"loss": [(k, 1.0 - k / 100) for k in range(1, 61)], "eval/accuracy": [(0, 0.2), (30, 0.3), (60, 0.8)]}
+    lines = demo.Curves([(k, 1.0 - k / 100) for k in range(1, 61)], [(0, 0.2), (30, 0.3), (60, 0.8)], [])
     title, *grid, axis, loss, accuracy = demo.text_plot("bar", lines, width=40, height=10).splitlines()
     assert title == "bar" and len(grid) == 10 and all(len(row) == 41 and row[0] == "|" for row in grid)
     assert set(axis) == {"+", "-"} and len(axis) == 41
@@ -209,10 +209,10 @@ def test_text_plot() -> None:
 
 def test_text_plot_of_one_point_or_none() -> None:
     """A curve of one value, and a run without pairs, in which no loss was logged."""
-    assert "A accuracy 0.500 -> 0.500" in demo.text_plot("bar", {"loss": [(1, 0.7)], "eval/accuracy": [(0, 0.5)]})
-    text = demo.text_plot("bar", {"loss": [], "eval/accuracy": [(0, 0.5)]})
+    assert "A accuracy 0.500 -> 0.500" in demo.text_plot("bar", demo.Curves([(1, 0.7)], [(0, 0.5)], []))
+    text = demo.text_plot("bar", demo.Curves([], [(0, 0.5)], []))
     assert "A accuracy 0.500 -> 0.500" in text and "DPO loss" not in text
-    assert demo.text_plot("bar", {"loss": [], "eval/accuracy": []}).startswith("bar\n|")
+    assert demo.text_plot("bar", demo.Curves([], [], [])).startswith("bar\n|")
 
 
 @pytest.mark.parametrize("losses", [True, False])
@@ -229,7 +229,7 @@ def test_picture(tmp_path: Path, losses: bool) -> None:
 def test_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
                                     ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    curves = {task: {"loss": [(1, 0.7), (2, 0.6)], "eval/accuracy": [(0, 0.5)]} for task in ("bar", "red")}
+    curves = {task: demo.Curves([(1, 0.7), (2, 0.6)], [(0, 0.5)], []) for task in ("bar", "red")}
     path = demo.draw(curves, tmp_path)
     text = path.read_text()
     assert path == tmp_path / "demo.txt" and all(demo.text_plot(task, curves[task]) in text for task in curves)

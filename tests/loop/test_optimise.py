@@ -221,8 +221,8 @@ def test_a_text_tells_cross_attention_nothing(tmp_path: Path) -> None:
     def loss(part: Sequence[str]) -> tuple[Tensor, Tensor]:
         rows = pack_pairs(vlm.processor, [(chats[name], [5, 6], [7]) for name in part])
         hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))
-        summed = sequence_logps(rows.predictors(hidden), vlm.head_weight, rows.targets, rows.mask).sum()
-        return summed, summed.detach()[None]
+        logps = sequence_logps(rows.predictors(hidden), vlm.head_weight, rows.targets, rows.mask)
+        return logps, {"loss": logps.detach()}
     run = SimpleNamespace(cfg=settings(micro_batch=1, clip=1.0, lr=1e-3, warmup_steps=0), ranks=Ranks("cpu"))
     optimiser = make_optimiser(vlm, 1e-3, 0.0)
     assert optimiser_step(run, optimiser, ["text"], loss, ("loss",), 1, 10)["grad_norm"] == 0

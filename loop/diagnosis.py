@@ -1,0 +1,57 @@
+"""Why held-out accuracy changed: the frozen and the trained student's answers side by side, on held-out items and on
+items that were trained on."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from eval import Answer
+from gate import explain_change
+from loop.asking import verdicts
+from loop.run import Run
+from model import VLM
+from tasks import Item
+
+Row = dict[str, Any]                                    # an eval.Answer's fields, "choice", perhaps "score"
+Sides = tuple[list[Answer], list[Answer]]               # the frozen student's answers and the trained one's, by item
+
+
+def diagnose(run: Run, verifier: VLM, held_out: tuple[Sequence[Item], Sides],
+             trained_on: tuple[Sequence[Item], Sides], verdict: str) -> dict[str, Any]:
+    """gate.explain_change of the answers on both sets of items, each given as (items, both students' answers).
+
+    The verifier (asked in the way `verdict`) scores the answers to items that were trained on: where its score rose and
+    accuracy did not, training did what the verifier wanted. Writes held_out.jsonl and trained_on.jsonl.
+    """
+    held_out_rows = answer_rows(*held_out)
+    trained_on_rows = answer_rows(*trained_on)
+
+    items = trained_on[0]
+    frozen, trained = trained_on_rows
+    texts = [[old["response"], new["response"]] for old, new in zip(frozen, trained, strict=True)]
+    scores = verdicts(run, verifier, items, texts, verdict)
+    for old, new, (old_score, new_score) in zip(frozen, trained, scores, strict=True):
+        old["score"] = old_score.value
+        new["score"] = new_score.value
+
+    write_side_by_side(run, "held_out.jsonl", held_out_rows)
+    write_side_by_side(run, "trained_on.jsonl", trained_on_rows)
+    return explain_change(held_out_rows, trained_on_rows)
+
+
+def answer_rows(items: Sequence[Item], sides: Sides) -> tuple[list[Row], list[Row]]:
+    """Both students' answers as rows; "choice" says whether the question was a choice between options."""
+    rows: tuple[list[Row], list[Row]] = ([], [])
+    for answers, side in zip(sides, rows, strict=True):
+        for item, answer in zip(items, answers, strict=True):
+            side.append(asdict(answer) | {"choice": item.answer_type == "choice"})
+    return rows
+
+
+def write_side_by_side(run: Run, name: str, rows: tuple[list[Row], list[Row]]) -> None:
+    """Write both students' answers to each item on one line of a file."""
+    lines = []
+    for frozen, trained in zip(*rows, strict=True):
+        lines.append({"id": frozen["id"], "frozen": frozen, "trained": trained})
+    run.write_lines(name, lines)

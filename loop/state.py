@@ -1,0 +1,82 @@
+"""Where a run of train.py is: its state, and the checkpoints that hold it."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+import torch
+
+from eval import Answer
+from gate import proportion
+from loop.optimise import load_training_state, training_state
+from loop.run import Run, state_fields
+from model import VLM
+from replay import Pair, ReplayBuffer
+
+FINAL_STEPS = 10                                        # the loss "at the end" is the mean of this many steps
+
+
+@dataclass
+class State:
+    """All that a checkpoint holds, with the trained weights, the optimiser's state and the replay buffer."""
+    step: int = 0                                       # steps that are done
+    round: int = 0                                      # rounds that are done
+    position: int = 0                                   # steps of the current round that are done
+    fresh: list[Pair] | None = None                     # the current round's pairs, None until they are made
+    pre_gate: dict[str, Any] | None = None              # the report of the gate before training
+    frozen: list[Answer] | None = None                  # the frozen student's answers on the held-out split
+    trained_on: list[Answer] | None = None              # and on items that round 1 trains on
+    watched: list[bool] = field(default_factory=list)   # which watched items the frozen student gets right
+    losses: list[float] = field(default_factory=list)   # of every step
+    rounds: list[dict[str, Any]] = field(default_factory=list)      # counts and directions of every round's pairs
+    warnings: list[str] = field(default_factory=list)   # of watched accuracy that fell with the loss
+
+    @property
+    def loss_first(self) -> float | None:
+        """The first step's loss; None before it."""
+        return self.losses[0] if self.losses else None
+
+    @property
+    def loss_last(self) -> float | None:
+        """The mean loss of the last FINAL_STEPS steps; None before the first step."""
+        return mean(self.losses[-FINAL_STEPS:]) if self.losses else None
+
+    @property
+    def baseline_accuracy(self) -> dict[str, Any] | None:
+        """The frozen student's accuracy on the held-out split, with its interval; None if it was not asked."""
+        if not self.frozen:
+            return None
+        right = sum(answer.correct for answer in self.frozen)
+        return proportion(right, len(self.frozen))
+
+
+def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> None:
+    """Write a checkpoint, named by the step and by the number of rounds whose pairs are made."""
+    fields = state_fields(state)
+    fields["buffer"] = [vars(pair) for pair in replay.pairs]
+    name = f"step-{state.step:06d}-{len(state.rounds):03d}"
+    run.save(name, {"step": state.step, "state": fields, **training_state(student, optimiser)})
+
+
+def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
+    """The newest checkpoint's state, its weights, optimiser and buffer put in place; a new state where there is none.
+    """
+    saved = run.load()
+    if saved is None:
+        return State()
+    load_training_state(student, optimiser, saved)
+
+    fields = saved["state"]
+    buffer = fields.pop("buffer")
+    replay.pairs.extend(Pair(**pair) for pair in buffer)
+
+    state = State(**fields)
+    if state.fresh is not None:
+        state.fresh = [Pair(**pair) for pair in state.fresh]
+    if state.frozen is not None:
+        state.frozen = [Answer(**answer) for answer in state.frozen]
+    if state.trained_on is not None:
+        state.trained_on = [Answer(**answer) for answer in state.trained_on]
+    run.say(f"resumed at step {state.step}")
+    return state

@@ -1,0 +1,47 @@
+"""The watch split: what the loss hides while it falls."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from eval import Answer
+from gate import fell_significantly
+from loop.asking import greedy_answers
+from loop.run import Run
+from loop.state import State
+from model import VLM
+from tasks import Item
+
+LEVEL = 0.05                                            # of a false warning, over all evaluations of a run together
+
+
+def evaluate_watch(run: Run, student: VLM, items: Sequence[Item]) -> list[Answer]:
+    """The student's greedy answers on the watch split. SIGTERM waits for them, so that a step that is begun is logged.
+    """
+    with run.ranks.uninterrupted():
+        return greedy_answers(run, student, items, "watching")
+
+
+def watch_metrics(answers: Sequence[Answer]) -> dict[str, float]:
+    """What metrics.jsonl holds of an evaluation on the watch split."""
+    return {
+        "eval/accuracy": mean(answer.correct for answer in answers),
+        "eval/parse_rate": mean(answer.answer is not None for answer in answers),
+        "eval/truncation_rate": mean(answer.finish_reason == "length" for answer in answers),
+    }
+
+
+def regression_warnings(run: Run, state: State, answers: Sequence[Answer], evaluations: int) -> list[str]:
+    """A warning, printed too, if the loss has fallen while watched accuracy fell significantly; else none.
+
+    The test is McNemar's, paired with the frozen student and one-sided. Its level is LEVEL over the number of planned
+    `evaluations`, so that a student that does not change is warned of in at most 5 % of runs.
+    """
+    right = [answer.correct for answer in answers]
+    if state.loss_last >= state.loss_first or not fell_significantly(state.watched, right, LEVEL / evaluations):
+        return []
+
+    warning = (f"step {state.step}: the loss fell from {state.loss_first:.3f} to {state.loss_last:.3f} "
+               f"while watched accuracy fell from {mean(state.watched):.3f} to {mean(right):.3f}")
+    run.say(f"WARNING {warning}")
+    return [warning]

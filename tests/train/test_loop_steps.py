@@ -1,0 +1,186 @@
+"""The loop's steps one by one: labels are never read, micro-batches make one step, rounds cover the items."""
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from eval import score
+from loop.optimise import learning_rate
+from loop.ranks import NonFinite, Ranks
+from loop.run import Run
+from replay import Pair
+from runs import by_id, config, equal, few_items, rows, start, state, summary
+from tasks import Item
+from tasks.jsonl import export_items
+
+
+class Blind(Item):
+    """An item that does not let its answer be read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        assert name != "answer", "a label was read"
+        return super().__getattribute__(name)
+
+
+def blind(item: Item) -> Blind:
+    other = object.__new__(Blind)
+    vars(other).update(vars(item))
+    return other
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any, Any, Any]:
+    """A run of one round, with its student and verifier."""
+    run = Run(config(tmp_path_factory.mktemp("parts") / "run"), Ranks("cpu"))
+    return run, *train.load_models(run)
+
+
+@pytest.fixture(scope="module")
+def pairs(parts: tuple) -> list[Pair]:
+    """The pairs of some items, whose answers raise when they are read."""
+    run, student, verifier = parts
+    items = [blind(item) for item in few_items("bar")[:48]]
+    candidates = train.sample(run, student, items, 1)
+    scores = train.score(run, verifier, items, candidates)
+    found, _ = train.make_pairs(run, items, candidates, scores, 1)
+    return train.with_reference_logps(run, student, found, {item.id: item for item in items})
+
+
+def step_with(parts: tuple, pairs: list[Pair], items: dict[str, Item] | None = None, **flags: Any
+              ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """One step of plain gradient descent with rate 1, nothing clipped: its metrics, and the gradient."""
+    run, student = parts[:2]
+    run = Run(replace(run.cfg, out=str(run.folder) + "-none", lr=1.0, warmup_steps=1, clip=1e6, **flags), run.ranks)
+    before = {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1.0)
+    row = train.train_step(run, student, optimiser, pairs, items or by_id(), 1)
+    moved = {}
+    with torch.no_grad():
+        for name, weight in before.items():
+            moved[name] = (weight - student.get_parameter(name)) / row["lr"]
+            student.get_parameter(name).copy_(weight)
+    return row, moved
+
+
+def test_labels_are_never_read(parts: tuple, pairs: list[Pair]) -> None:
+    """Sampling, scoring, pairing, the reference's log-probabilities (in `pairs`) and a step, on items whose answer
+    cannot be read."""
+    assert len(pairs) > 3 and all(p.reference_key and p.reference_chosen_logp < 0 for p in pairs)
+    row, _ = step_with(parts, pairs, {item.id: blind(item) for item in few_items("bar")})
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    with pytest.raises(AssertionError, match="a label was read"):
+        score(blind(few_items("bar")[0]), "1")
+
+
+def test_hidden_answers_give_the_same_pairs(parts: tuple, pairs: list[Pair]) -> None:
+    run, student, verifier = parts
+    items = [replace(item, answer=None) for item in few_items("bar")[:48]]
+    candidates = train.sample(run, student, items, 1)
+    scores = train.score(run, verifier, items, candidates)
+    found, _ = train.make_pairs(run, items, candidates, scores, 1)
+    assert found == [replace(p, reference_chosen_logp=None, reference_rejected_logp=None, reference_key="",
+                             row_tokens=0) for p in pairs]
+
+
+def test_labels_change_the_log_alone(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run whose items to train on have another answer, or none: the same pairs, steps and weights."""
+    splits, out = train.load_splits(config(whole)), tmp_path / "run"
+    items = [replace(item, answer="77" if k % 2 else None) for k, item in enumerate(splits.train)]
+    monkeypatch.setattr(train, "load_splits", lambda cfg: replace(splits, train=items))
+    assert start(config(out)) == 3
+    for name in ("metrics.jsonl", "pairs/round-1.jsonl", "pairs/round-2.jsonl", "held_out.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    for part in ("model", "optimiser"):
+        assert equal(state(out)[part], state(whole)[part])
+    assert [told["mixed"] for told in summary(out)["rounds"]] == [0, 0]
+    assert 0 < summary(out)["post_gate"]["trained_on"]["accuracy"]["n"] < 48
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_micro_batches_make_one_step(parts: tuple, pairs: list[Pair], loss: str) -> None:
+    """However a batch is cut, it is normalised over all its pairs; cuts of 5 leave an uneven rest."""
+    flags = {"loss_type": loss, "beta": 0.3, "nll_coefficient": 0.1}
+    shifted = [replace(p, reference_chosen_logp=p.reference_chosen_logp - i % 3) for i, p in enumerate(pairs[:13])]
+    whole, gradient = step_with(parts, shifted, micro_batch=32, **flags)
+    assert max(g.abs().max() for g in gradient.values()) > 1e-2
+    for size in (1, 2, 5, 8):
+        row, other = step_with(parts, shifted, micro_batch=size, **flags)
+        assert row == pytest.approx(whole, rel=1e-5, abs=1e-6)
+        for name in gradient:
+            assert (gradient[name] - other[name]).abs().max() <= 1e-6 * max(1.0, whole["grad_norm"]), name
+
+
+def test_a_reference_of_another_prompt_is_refused(parts: tuple, pairs: list[Pair]) -> None:
+    other = replace(pairs[0], item_id=pairs[1].item_id)
+    with pytest.raises(ValueError, match="reference log-probabilities belong to another"):
+        step_with(parts, [other])
+    with pytest.raises(ValueError, match="reference log-probabilities belong to another"):
+        step_with(parts, [replace(pairs[0], chosen=pairs[0].chosen + (5,))])
+
+
+def test_a_step_that_is_no_number_updates_nothing(parts: tuple, pairs: list[Pair]) -> None:
+    student = parts[1]
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    with pytest.raises(NonFinite, match="step 1"):
+        step_with(parts, [replace(pairs[0], reference_chosen_logp=float("nan")), *pairs[1:4]])
+    assert all(torch.equal(p, before[n]) for n, p in student.named_parameters())
+    student.zero_grad()
+
+
+def test_a_split_without_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--train-split: what is trained on comes from there alone, and its answers are hidden."""
+    def load(name: str, data: str | None = None, split: str | None = None) -> list[Item]:
+        items = few_items(name, data, split)
+        return [replace(item, answer=None) for item in items] if split == "make" else list(items)
+    monkeypatch.setattr(train, "load_task", load)
+    out = tmp_path / "run"
+    assert start(config(out, rounds=1, train_split="make")) == 3
+    used = [pair["item_id"] for pair in rows(out / "pairs" / "round-1.jsonl")]
+    assert len(used) > 0 and all(name.startswith("bar-make-") for name in used)
+    assert summary(out)["steps"] > 0 and summary(out)["final_accuracy"]["n"] == 16
+    assert summary(out)["post_gate"]["diagnosis"] == "not measured" and rows(out / "trained_on.jsonl") == []
+    assert "not measured: " in summary(out)["post_gate"]["reasons"][-1]
+    assert [told["direction"]["value"] for told in summary(out)["rounds"]] == [None]
+
+
+def test_a_file_without_answers(tmp_path: Path) -> None:
+    """One's own file: exactly the items with an answer are measured on, the others are trained on."""
+    items = few_items("bar")[:100]
+    export_items([replace(item, answer=item.answer if k < 40 else None) for k, item in enumerate(items)],
+                 tmp_path / "mine.jsonl")
+    out = tmp_path / "run"
+    assert start(config(out, task="jsonl", data=str(tmp_path / "mine.jsonl"), rounds=1)) == 3
+    used = {pair["item_id"] for pair in rows(out / "pairs" / "round-1.jsonl")}
+    assert len(used) > 0 and used <= {item.id for item in items[40:]}
+    assert {row["id"] for row in rows(out / "held_out.jsonl")} < {item.id for item in items[:40]}
+    assert summary(out)["steps"] > 0
+
+
+@pytest.mark.parametrize("total, count", [(120, 48), (100, 25), (30, 48)])
+def test_rounds_cover_the_items(total: int, count: int) -> None:
+    """Each pass takes every item once; no round takes one twice; another seed, another order."""
+    cfg, train_items = config(Path("x"), items_per_round=count), few_items("bar")[:total]
+    rounds = [train.round_items(cfg, train_items, number) for number in range(9)]
+    ids = [[item.id for item in items] for items in rounds]
+    assert all(len(set(row)) == len(row) == min(count, total) for row in ids)
+    flat = [name for row in ids for name in row]
+    for start_of_pass in range(0, len(flat) - total + 1, total):
+        assert set(flat[start_of_pass:start_of_pass + total]) == {item.id for item in train_items}
+    assert ids[0] != [item.id for item in train_items][:len(ids[0])]
+    assert [item.id for item in train.round_items(replace(cfg, seed=1), train_items, 0)] != ids[0]
+
+
+def test_learning_rate() -> None:
+    """Up in a line, down in a cosine to a tenth, never above the peak."""
+    rates = [learning_rate(2e-4, 5, step, 180) for step in range(1, 181)]
+    assert rates[:4] == pytest.approx([4e-5, 8e-5, 12e-5, 16e-5]) and rates[-1] == pytest.approx(2e-5)
+    assert 1.97e-4 < max(rates) <= 2e-4 and rates[89] == pytest.approx(1.1e-4)
+    assert all(a > b for a, b in itertools.pairwise(rates[5:]))
+    assert learning_rate(2e-4, 0, 1, 180) == pytest.approx(2e-4, rel=1e-3)
