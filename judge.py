@@ -282,11 +282,11 @@ def iteration_batches(cfg: Config, state: State) -> list[list[Judgment]]:
 def train_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequence[Judgment],
                by_id: dict[str, Item], state: State, planned: int) -> dict[str, Any]:
     """One step of supervised fine-tuning; returns its metrics. Raises NonFinite with nothing updated."""
-    def loss(part: Sequence[Judgment]) -> tuple[Tensor, Tensor]:
+    def loss(part: Sequence[Judgment]) -> tuple[Tensor, dict[str, Tensor]]:
         chats = [comparison_chat(by_id[j.item_id].chat(), j.first, j.second) for j in part]
         logps = completion_logps(vlm, chats, [j.token_ids for j in part])
         losses = -logps / torch.tensor([len(j.token_ids) for j in part], device=logps.device)
-        return losses.sum(), losses.detach().sum()[None]
+        return losses, {"loss": losses.detach()}
     state.step, state.position = state.step + 1, state.position + 1
     row = optimiser_step(run, optimiser, batch, loss, ("loss",), state.position, planned)
     return {"step": state.step, "iteration": state.judged["iteration"], **row, "judgments": len(batch)}
