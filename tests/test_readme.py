@@ -18,6 +18,11 @@ README = ROOT / "README.md"
 FOLDERS = ("loop", "tasks", "model", "tests")
 PAGES = [README, *(ROOT / folder / "README.md" for folder in FOLDERS)]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+NAMES = {page: str(page.relative_to(ROOT)) for page in PAGES}
+LOOP = ROOT / "loop" / "README.md"
+MODEL = ROOT / "model" / "README.md"
+TESTS = ROOT / "tests" / "README.md"
+PAGES_WITH_FILES = [page for page in PAGES if "\n## The files\n" in TEXT[page]]
 EVIDENCE = (ROOT / "tests" / "evidence" / "table.md").read_text(encoding="utf-8")
 
 # program as it is called -> (folder that Python looks in first, module, the function that parses the command line)
@@ -49,7 +54,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
         for program, arguments in COMMAND.findall(joined(text)):
             words = [word for word in shlex.split(arguments) if word != "..."]
             words = [word.replace("$s", "0") for word in words]
-            rows.append((str(page.relative_to(ROOT)), program, words))
+            rows.append((NAMES[page], program, words))
     return rows
 
 
@@ -87,10 +92,13 @@ def test_commands_are_accepted(page: str, program: str, words: list[str], monkey
 
 
 def test_commands_are_found() -> None:
+    pages = [page for page, _, _ in commands()]
     programs = [program for _, program, _ in commands()]
+    assert set(pages) == set(NAMES.values())
     assert set(programs) == {*PROGRAMS, *WITHOUT_FLAGS}
-    assert sum(program in ("train.py", "judge.py", "eval.py", "gate.py") for program in programs) >= 20
-    assert {page for page, _, _ in commands()} == {str(page.relative_to(ROOT)) for page in PAGES}
+
+    at_top_level = [program for program in programs if "/" not in program and not program.startswith("-m")]
+    assert len(at_top_level) >= 20
 
 
 def known_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -111,7 +119,7 @@ def known_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return flags
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
 def test_flags_that_are_mentioned_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mentioned = re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT[page])
     assert set(mentioned) <= known_flags(monkeypatch)
@@ -146,8 +154,7 @@ def section(text: str, heading: str) -> str:
     return re.split(rf"\n#{{1,{level}}} ", below)[0]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "\n## The files\n" in TEXT[page]],
-                         ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES_WITH_FILES, ids=NAMES.get)
 def test_the_list_of_files_is_right(page: Path) -> None:
     """Each line of the list names something that exists, and no file of the folder is left out."""
     listed = section(TEXT[page], "## The files").split("```")[1]
@@ -162,10 +169,10 @@ def test_the_list_of_files_is_right(page: Path) -> None:
 
 
 def test_lists_of_files_are_found() -> None:
-    assert sum("\n## The files\n" in text for text in TEXT.values()) == 4
+    assert len(PAGES_WITH_FILES) == 4
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
 def test_paths_that_are_mentioned_exist(page: Path) -> None:
     folders = "|".join(FOLDERS)
     for name in re.findall(rf"(?<![\w/.])((?:{folders})/[\w./-]*\w)", TEXT[page]):
@@ -174,11 +181,14 @@ def test_paths_that_are_mentioned_exist(page: Path) -> None:
 
 def anchors(text: str) -> set[str]:
     """The names by which a link can point to a page's headings: lower case, no punctuation, - for a blank."""
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    names = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        words = re.sub(r"[^\w\- ]", "", heading.lower())
+        names.add(words.replace(" ", "-"))
+    return names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
 def test_links_resolve(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", TEXT[page])
     for link in links:
@@ -189,17 +199,23 @@ def test_links_resolve(page: Path) -> None:
 
 
 def test_functions_of_the_algorithm_exist() -> None:
-    rows = table(section(TEXT[README], "## The algorithm"))[1:]
-    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row[2])]
-    assert len(rows) >= 10 and len(names) >= len(rows)
-    for name in names:
-        module, _, function = name.rpartition(".")
-        assert callable(getattr(importlib.import_module(module), function)), name
+    rows = table_below(README, "## The algorithm")[1:]
+    assert len(rows) >= 10
+
+    for row in rows:
+        names = re.findall(r"`([\w.]+)`", row[2])
+        assert names, row
+        for name in names:
+            module_name, _, function = name.rpartition(".")
+            module = importlib.import_module(module_name)
+            assert callable(getattr(module, function)), name
 
 
 def test_size_and_sketch() -> None:
     assert 9_000 <= README.stat().st_size <= 12_500
-    sketch = TEXT[README].split("```python\n")[1].split("```")[0]
+
+    _, _, below = TEXT[README].partition("```python\n")
+    sketch, _, _ = below.partition("```")
     assert len(sketch.splitlines()) == 12
 
 
@@ -216,33 +232,45 @@ def table(text: str) -> list[list[str]]:
     return [rows[0], *rows[2:]]
 
 
+def table_below(page: Path, heading: str) -> list[list[str]]:
+    """The first table below a heading of a page."""
+    return table(section(TEXT[page], heading))
+
+
+def committed_table(heading: str) -> dict[str, list[str]]:
+    """The first table below a heading of evidence/table.md, its rows by their first cell."""
+    return by_name(table(section(EVIDENCE, heading)))
+
+
 def by_name(rows: list[list[str]]) -> dict[str, list[str]]:
     """The rows of a table by their first cell."""
     return {row[0]: row for row in rows}
 
 
 def test_the_demos_rows_are_those_of_its_page() -> None:
-    short = table(section(TEXT[README], "## The demo"))
-    whole = table(section(TEXT[ROOT / "loop" / "README.md"], "## The demo"))
-    assert len(short) == 3 and len(whole) == 7
+    short = table_below(README, "## The demo")
+    whole = table_below(LOOP, "## The demo")
+    assert len(short) == 3
+    assert len(whole) == 7
     assert short == whole[:3]
 
 
 def test_the_lines_of_speed_are_those_of_the_benchmark() -> None:
-    short = table(section(TEXT[README], "## Speed"))
-    whole = table(section(TEXT[ROOT / "tests" / "README.md"], "## The benchmark"))
+    short = table_below(README, "## Speed")
+    whole = table_below(TESTS, "## The benchmark")
     assert short[0] == whole[0]
-    assert len(short) == 6 and len(whole) == 16
+    assert len(short) == 6
+    assert len(whole) == 16
     for row in short[1:]:
         assert row in whole
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "tests" / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [README, TESTS], ids=NAMES.get)
 def test_the_rules_are_those_of_the_evidence(page: Path) -> None:
     """What each rule allowed and blocked, and the numbers of runs, are those of evidence/table.md."""
     text = section(TEXT[page], "## The evidence")
     ours = by_name(table(text)[1:])
-    committed = by_name(table(section(EVIDENCE, "## The rules, at the thresholds of gate.py")))
+    committed = committed_table("## The rules, at the thresholds of gate.py")
     for name in ("published", "own answers", "direction"):
         assert ours[name][1:] == committed[name][2:4]
     assert ours["ours, all three"][1:] == committed["ours: all three"][2:4]
@@ -259,32 +287,47 @@ def test_the_rules_are_those_of_the_evidence(page: Path) -> None:
 
 def test_the_sentences_are_those_of_the_evidence() -> None:
     """Figures in the sentences of tests/README.md."""
-    text = " ".join(section(TEXT[ROOT / "tests" / "README.md"], "## The evidence").split())
+    text = " ".join(section(TEXT[TESTS], "## The evidence").split())
 
     loss = re.search(r"in (153 of 160) runs that had pairs, and in (60) of 60 of the harmful", EVIDENCE)
-    assert loss and f"all {loss[2]} harmful runs ({loss[1]} in all)" in text
+    assert loss
+    assert f"all {loss[2]} harmful runs ({loss[1]} in all)" in text
 
-    places = EVIDENCE.split("Harmful runs allowed, by where they were:")[1]
-    weak = by_name(table(places))["`student-weak`, `json`, tau 0.5"]
-    assert f"a weak student: {weak[2]} of {weak[1]}." in text
+    _, _, places = EVIDENCE.partition("Harmful runs allowed, by where they were:")
+    _, runs, allowed, *_ = by_name(table(places))["`student-weak`, `json`, tau 0.5"]
+    assert f"a weak student: {allowed} of {runs}." in text
 
-    margin = next(row for row in table(section(EVIDENCE, "## The margin gate")) if row[:2] == ["`red`", "`verifier`"])
-    first, last = margin[6].split()[0], margin[9].split()[0]
-    assert f"q falls from {first} over all pairs to {last} at tau 0.5" in text
+    [margin] = [row for row in table(section(EVIDENCE, "## The margin gate")) if row[:2] == ["`red`", "`verifier`"]]
+    all_pairs = without_count(margin[6])
+    at_tau = without_count(margin[9])
+    assert f"q falls from {all_pairs} over all pairs to {at_tau} at tau 0.5" in text
     assert f"turns {margin[3]} points into {margin[4]}." in text
 
-    agreement = by_name(table(section(EVIDENCE, "## Agreement and damage")))
-    red, bar = (agreement[name][2].split()[0] for name in ("`red`", "`bar`"))
+    agreement = committed_table("## Agreement and damage")
+    red = without_count(agreement["`red`"][2])
+    bar = without_count(agreement["`bar`"][2])
     assert f"{red} on `red` and {bar} on `bar`" in text
 
-    chosen = by_name(table(section(EVIDENCE, "## The rules, on verifier seeds 1 and 2")))["direction"]
-    assert float(chosen[1]) == 0.4                      # above 1/2, hence 0.9
-    allowed, blocked = chosen[2].split(" [")[0], chosen[3].split(" [")[0]
-    assert f"allowed {allowed} harmful runs and blocked {blocked} helpful ones" in text
+    _, threshold, allowed, blocked, _ = committed_table("## The rules, on verifier seeds 1 and 2")["direction"]
+    assert float(threshold) == 0.4                      # above 1/2, hence 0.9
     assert "`gate.py --min-direction 0.9`" in text
+    allowed = without_interval(allowed)
+    blocked = without_interval(blocked)
+    assert f"allowed {allowed} harmful runs and blocked {blocked} helpful ones" in text
+
+
+def without_count(cell: str) -> str:
+    """0.36 (526) -> 0.36."""
+    return cell.partition(" (")[0]
+
+
+def without_interval(cell: str) -> str:
+    """0 of 43 [0.00, 0.63] -> 0 of 43."""
+    return cell.partition(" [")[0]
 
 
 def test_memory_is_that_of_the_models_page() -> None:
-    rows = table(section(TEXT[ROOT / "model" / "README.md"], "## Memory"))
-    both = next(row for row in rows if row[:2] == ["Qwen3-VL-2B", "language model"])
-    assert f"need {both[-1]} a GPU" in TEXT[README].replace("\n", " ")
+    rows = table_below(MODEL, "## Memory")
+    [row] = [row for row in rows if row[:2] == ["Qwen3-VL-2B", "language model"]]
+    text = TEXT[README].replace("\n", " ")
+    assert f"need {row[-1]} a GPU" in text
