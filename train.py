@@ -306,7 +306,7 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
                                  device=student.device).unbind(1)
         losses, metrics = pair_objective(policy, reference, rows.mask.sum(1).chunk(2), cfg.beta, cfg.label_smoothing,
                                          cfg.loss_type, cfg.length_normalised, cfg.nll_coefficient)
-        return losses.sum(), metrics.sum(1)
+        return losses.sum(), torch.stack([metrics[name] for name in METRICS]).sum(1)
     state.step, state.position = state.step + 1, state.position + 1
     pairs = sorted(pairs, key=lambda p: p.row_tokens)   # rows of like length share a micro-batch: less padding
     row = optimiser_step(run, optimiser, pairs, loss, METRICS, state.step, cfg.rounds * cfg.steps_per_round)

@@ -477,13 +477,13 @@ def one_sentence(capsys: pytest.CaptureFixture) -> str:
 
 def nan_loss(policy: Any, *others: Any, **options: Any) -> Any:
     losses, metrics = REAL_OBJECTIVE(policy, *others, **options)
-    return losses * float("nan"), metrics * float("nan")
+    return losses * float("nan"), {name: values * float("nan") for name, values in metrics.items()}
 
 
 def infinite_loss(policy: Any, *others: Any, **options: Any) -> Any:
     """The loss alone; its gradient is as it should be."""
     losses, metrics = REAL_OBJECTIVE(policy, *others, **options)
-    return losses + float("inf"), torch.cat((metrics[:1] + float("inf"), metrics[1:]))
+    return losses + float("inf"), metrics | {"loss": metrics["loss"] + float("inf")}
 
 
 def nan_gradient(policy: Any, *others: Any, **options: Any) -> Any:
