@@ -71,10 +71,10 @@ class _TokenLogps(torch.autograd.Function):
         target_logit = torch.full_like(running_max, torch.nan)      # NaN: in no block so far
 
         for start in range(0, len(weight), block):
-            block_weight = weight[start:start + block].to(hidden.dtype)                # (block, H)
-            logits = F.linear(hidden, block_weight).float()                            # (N, block)
+            logits = F.linear(hidden, weight[start:start + block].to(hidden.dtype))    # (N, block)
+            logits = logits.float()
 
-            column, inside = _columns_in_block(targets, start, len(block_weight))
+            column, inside = _columns_in_block(targets, start, logits.shape[1])
             logits_there = logits.gather(1, column[:, None])                           # (N, 1)
             target_logit = torch.where(inside, logits_there[:, 0], target_logit)
 
