@@ -102,16 +102,21 @@ class SelfAttention(nn.Module):
         """x: (B, T, H) -> (B, T, H). A new cache takes in the prompts' keys and values; a filled one is read."""
         q = self.split_heads(self.q_proj(x))                                    # (B, nh, T, hd)
         k = self.split_heads(self.k_proj(x))                                    # (B, nk, T, hd)
-        v = self.split_heads(self.v_proj(x))
-        q = apply_rope(self.q_norm(q), *rope)
-        k = apply_rope(self.k_norm(k), *rope)
+        v = self.split_heads(self.v_proj(x))                                    # (B, nk, T, hd)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        q = apply_rope(q, *rope)
+        k = apply_rope(k, *rope)
 
         if cache is not None and cache.prompt is not None:                      # one new token a sample: T = 1
             y = cache.attend(q, k, v)
         else:
             if cache is not None:
                 cache.prompt = k.contiguous(), v.contiguous()
-            y = attend(q, k, v, causal=True) if tree is None else tree.attend(q, k, v)
+            if tree is not None:
+                y = tree.attend(q, k, v)
+            else:
+                y = attend(q, k, v, causal=True)
 
         y = y.transpose(1, 2)                                                   # (B, T, nh, hd)
         return self.o_proj(y.flatten(2))

@@ -169,10 +169,10 @@ def packed_batches(vlm: VLM, chats: list[Chat], batch_size: int,
 
 @contextmanager
 def weights_in_compute_dtype(vlm: VLM) -> Iterator[None]:
-    """Inside, the language model's weights are held in the dtype computed in, so that no token has to cast them again.
+    """Inside, the language model's weights are held in the dtype computed in, so that not every token casts them anew.
 
-    It is the other way round in training, which needs fp32 weights under bf16 activations. The tower is left alone. The
-    weights are as before however the block is left.
+    Training holds them in fp32 under bf16 activations, since a bf16 weight cannot take its small steps. The tower is
+    left alone. However the block is left, the weights are as before.
     """
     in_tower = {id(parameter) for parameter in vlm.tower.parameters()}
     dtype = vlm.dtype
@@ -214,15 +214,16 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, sampling: Sampling, uniform
 
     uniforms: (prompts, n, max_new_tokens), None: greedy. Samples that are finished are dropped as the batch goes on.
     """
-    prompts = prompts.to(vlm.device)
+    device = vlm.device
+    prompts = prompts.to(device)
     cache = vlm.new_cache(prompts, n)
     hidden = prefill(vlm, prompts, cache).repeat_interleave(n, 0)                             # (R, H)
     live = first_samples(prompts, n, uniforms)
     groups = len(prompts.numbers)                                                             # G
 
     banned = banned_tokens(vlm)
-    stops = torch.tensor(sorted(vlm.stop_ids), device=vlm.device)
-    result = torch.full((len(live.rows), sampling.max_new_tokens), -1, device=vlm.device)
+    stops = torch.tensor(sorted(vlm.stop_ids), device=device)
+    result = torch.full((len(live.rows), sampling.max_new_tokens), -1, device=device)
 
     for t in range(sampling.max_new_tokens):
         logits = vlm.logits(hidden).float()                                                   # (R, V)
@@ -237,12 +238,12 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, sampling: Sampling, uniform
 
         if t + 1 == sampling.max_new_tokens:
             break
-        # Reading `done` makes a GPU wait for all that it was asked to do, so that it is not done every time.
-        if vlm.device.type == "cpu" or t % CHECK_EVERY == CHECK_EVERY - 1:
+        # To read `done` is to wait until a GPU has finished all that was queued, so there it is read now and then only.
+        if device.type == "cpu" or t % CHECK_EVERY == CHECK_EVERY - 1:
             if bool(live.done.all()):
                 break
             kept_groups, kept_samples = unfinished(live.done, groups)
-            # Dropping samples copies the cache: worth it once a quarter of them can go.
+            # Dropping samples copies what the cache holds of the others: worth it once a quarter of them can go.
             if 4 * len(kept_samples) <= 3 * len(live.rows):
                 for layer in cache:
                     layer.keep(kept_groups, kept_samples)
