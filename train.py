@@ -369,9 +369,8 @@ def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],
     stored = [(pair.reference_chosen_logp, pair.reference_rejected_logp) for pair in pairs]
     reference = torch.tensor(stored, device=student.device).unbind(1)           # two of (B,)
     lengths = rows.mask.sum(1).chunk(2)                                         # two of (B,)
-    losses, stacked = pair_objective(policy, reference, lengths, cfg.beta, cfg.label_smoothing,
+    return pair_objective(policy, reference, lengths, cfg.beta, cfg.label_smoothing,
                           cfg.loss_type, cfg.length_normalised, cfg.nll_coefficient)
-    return losses, dict(zip(METRICS, stacked, strict=True))
 
 
 # ---- evaluating and deciding

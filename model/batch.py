@@ -1,6 +1,7 @@
 """Chats as tensors: a batch of right-padded rows, each distinct picture held once.
 
-Letters: B chats, T tokens (right-padded), I pictures of the chat with the most, K tiles of a picture, C channels.
+Letters: B chats, T tokens (right-padded), I pictures of the chat with the most, K tiles of a picture, C channels, S the
+side of a tile.
 """
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .attention import Tree
 from .images import Picture, tile_arrangements
-from .layers import Tree
 
 
 @dataclass
@@ -28,61 +29,101 @@ class Batch:
     @property
     def in_order(self) -> list[Picture]:
         """Every picture of every chat in the order of the prompts, repetitions included."""
-        return [self.pictures[i] for row in self.placed for i in row]
+        pictures = []
+        for numbers in self.placed:
+            pictures += [self.pictures[number] for number in numbers]
+        return pictures
 
     @property
     def pixel_values(self) -> Tensor | None:
         """The patches of all pictures in prompt order, as transformers' processors return them."""
-        return torch.cat([p.pixels for p in self.in_order]) if self.in_order else None
+        pictures = self.in_order
+        if not pictures:
+            return None
+        return torch.cat([picture.pixels for picture in pictures])
 
     @property
     def image_grid_thw(self) -> Tensor | None:
         """(pictures, 3), in prompt order."""
-        return torch.tensor([p.grid for p in self.in_order]) if self.in_order else None
+        pictures = self.in_order
+        if not pictures:
+            return None
+        return torch.tensor([picture.grid for picture in pictures])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its token tensors on `device`; pictures move when they are encoded."""
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in held.items() if isinstance(x, (Tensor, Tree))})
+        moved = {}
+        for attribute in fields(self):
+            value = getattr(self, attribute.name)
+            if isinstance(value, (Tensor, Tree)):
+                moved[attribute.name] = value.to(device)
+        return replace(self, **moved)
 
 
 @dataclass
 class TiledBatch(Batch):
-    """Mllama's batch: tokens see pictures through cross-attention. The properties are what its published processor
-    returns; a chat with fewer pictures than another is filled up with empty ones."""
-    sees: Tensor | None = None                          # (B, T, I) bool: which of its chat's pictures a token sees
+    """Mllama's batch: tokens see pictures through cross-attention.
 
-    def _fill(self, of_picture: Callable[[Picture], Tensor], empty: Tensor) -> Tensor | None:
-        if not self.pictures:
-            return None
-        widest = max(len(row) for row in self.placed)
-        return torch.stack([torch.stack([of_picture(self.pictures[i]) for i in row] + [empty] * (widest - len(row)))
-                            for row in self.placed])                                      # (B, I, ...)
+    The properties are what its published processor returns; a chat with fewer pictures than another is filled up with
+    empty ones. They are None for a batch without pictures.
+    """
+    sees: Tensor | None = None                          # (B, T, I) bool: which of its chat's pictures a token sees
 
     @property
     def pixel_values(self) -> Tensor | None:
         """(B, I, K, C, S, S)"""
-        return self._fill(lambda p: p.pixels, torch.zeros_like(self.pictures[0].pixels)) if self.pictures else None
+        if not self.pictures:
+            return None
+        empty = torch.zeros_like(self.pictures[0].pixels)
+        return self._of_each_picture(lambda picture: picture.pixels, empty)
 
     @property
     def aspect_ratio_ids(self) -> Tensor | None:
         """(B, I): 1 + the number of the picture's arrangement of tiles, 0 where there is no picture"""
-        return self._fill(lambda p: torch.tensor(1 + tile_arrangements(len(p.pixels)).index(p.grid[1:])),
-                          torch.tensor(0))
+        if not self.pictures:
+            return None
+        return self._of_each_picture(aspect_ratio_id, torch.tensor(0))
 
     @property
     def aspect_ratio_mask(self) -> Tensor | None:
         """(B, I, K): 1 for tiles in use; the first tile of an empty picture counts as such"""
-        tiles = torch.arange(len(self.pictures[0].pixels)) if self.pictures else None
-        return self._fill(lambda p: (tiles < p.grid[1] * p.grid[2]).long(), tiles == 0) if self.pictures else None
+        if not self.pictures:
+            return None
+        empty = torch.arange(len(self.pictures[0].pixels)) == 0
+        return self._of_each_picture(tiles_in_use, empty)
 
     @property
     def cross_attention_mask(self) -> Tensor | None:
         """(B, T, I, K): 1 where a token sees a tile"""
         if not self.pictures:
             return None
-        used = self.aspect_ratio_mask.to(self.sees.device)
+        used = self.aspect_ratio_mask.to(self.sees.device)                                # (B, I, K)
         return self.sees[..., None].long() * used[:, None]
+
+    def _of_each_picture(self, feature: Callable[[Picture], Tensor], empty: Tensor) -> Tensor:
+        """A feature of each chat's pictures, `empty` where a chat has fewer than another: (B, I, ...)."""
+        widest = max(len(numbers) for numbers in self.placed)
+        chats = []
+        for numbers in self.placed:
+            features = [feature(self.pictures[number]) for number in numbers]
+            features += [empty] * (widest - len(numbers))
+            chats.append(torch.stack(features))
+        return torch.stack(chats)
+
+
+def aspect_ratio_id(picture: Picture) -> Tensor:
+    """1 + the number of the picture's arrangement of tiles."""
+    _, rows, columns = picture.grid
+    arrangements = tile_arrangements(len(picture.pixels))
+    number = arrangements.index((rows, columns))
+    return torch.tensor(1 + number)
+
+
+def tiles_in_use(picture: Picture) -> Tensor:
+    """(K,) long: 1 for the picture's tiles that are in use."""
+    _, rows, columns = picture.grid
+    tiles = torch.arange(len(picture.pixels))
+    return (tiles < rows * columns).long()
 
 
 @dataclass(frozen=True)
@@ -94,28 +135,53 @@ class Row:
     sees: np.ndarray | None = None                      # (T, I) bool; Mllama only
 
     def continued(self, *texts: Sequence[int]) -> Row:
-        """The row with the tokens of `texts` after it. Each begins at the row's largest position + 1, on all three
+        """The row with the tokens of `texts` after it. Each text begins at the row's largest position + 1, on all three
         axes, and sees what the row's last token sees."""
-        ids = [token for text in texts for token in text]
-        places = self.positions.max() + 1 + np.concatenate([np.arange(len(text)) for text in texts])
-        positions = np.concatenate((self.positions, np.broadcast_to(places, (3, len(ids)))), 1)
-        sees = None if self.sees is None else np.concatenate((self.sees, np.repeat(self.sees[-1:], len(ids), 0)))
-        return Row([*self.ids, *ids], positions, self.picture_keys, sees)
+        ids = list(self.ids)
+        offsets = []
+        for text in texts:
+            ids += text
+            offsets.append(np.arange(len(text)))
+        new = len(ids) - len(self.ids)
+
+        text_positions = self.positions.max() + 1 + np.concatenate(offsets)               # (new,)
+        on_all_axes = np.broadcast_to(text_positions, (3, new))
+        positions = np.concatenate((self.positions, on_all_axes), 1)                      # (3, T + new)
+
+        sees = self.sees
+        if sees is not None:
+            sees = np.concatenate((sees, np.repeat(sees[-1:], new, 0)))                   # (T + new, I)
+        return Row(ids, positions, self.picture_keys, sees)
 
 
 def collate(rows: list[Row], pictures: dict[str, Picture], pad_id: int) -> Batch:
-    """Right-pad rows to one length."""
-    length = max(len(row.ids) for row in rows)
-    ids = np.full((len(rows), length), pad_id, np.int64)
-    mask = np.zeros((len(rows), length), np.int64)
-    positions = np.zeros((3, len(rows), length), np.int64)
-    sees = np.zeros((len(rows), length, max(len(row.picture_keys) for row in rows)), bool)
+    """Right-pad rows to one length, and number their distinct pictures. `pictures` holds them by key."""
+    B = len(rows)
+    T = max(len(row.ids) for row in rows)
+    most_pictures = max(len(row.picture_keys) for row in rows)                            # I
+    input_ids = np.full((B, T), pad_id, np.int64)
+    attention_mask = np.zeros((B, T), np.int64)
+    position_ids = np.zeros((3, B, T), np.int64)
+    sees = np.zeros((B, T, most_pictures), bool)
+
+    numbers: dict[str, int] = {}                        # of the distinct pictures, in order of appearance
+    placed = []
     for b, row in enumerate(rows):
-        ids[b, :len(row.ids)], mask[b, :len(row.ids)], positions[:, b, :len(row.ids)] = row.ids, 1, row.positions
+        length = len(row.ids)
+        input_ids[b, :length] = row.ids
+        attention_mask[b, :length] = 1
+        position_ids[:, b, :length] = row.positions
         if row.sees is not None:
-            sees[b, :len(row.ids), :len(row.picture_keys)] = row.sees
-    number = {key: i for i, key in enumerate(dict.fromkeys(key for row in rows for key in row.picture_keys))}
-    batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask),
-             "position_ids": torch.from_numpy(positions), "pictures": [pictures[key] for key in number],
-             "placed": [[number[key] for key in row.picture_keys] for row in rows]}
-    return Batch(**batch) if rows[0].sees is None else TiledBatch(**batch, sees=torch.from_numpy(sees))
+            sees[b, :length, :len(row.picture_keys)] = row.sees
+        placed.append([numbers.setdefault(key, len(numbers)) for key in row.picture_keys])
+
+    parts = {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "position_ids": torch.from_numpy(position_ids),
+        "pictures": [pictures[key] for key in numbers],
+        "placed": placed,
+    }
+    if rows[0].sees is None:
+        return Batch(**parts)
+    return TiledBatch(**parts, sees=torch.from_numpy(sees))

@@ -33,12 +33,12 @@ class VLM(nn.Module):
     file_dtype: torch.dtype                             # of the files' tensors
     image_token_id: int                                 # the placeholder of pictures
     stop_ids: frozenset[int]                            # generation_config.json's eos_token_id
+    product = staticmethod(linear)                      # by the head's weight; onednn.py has a faster one for sampling
 
     def __init__(self) -> None:
         super().__init__()
         self.compute_dtype: torch.dtype | None = None   # of activations; None: the dtype of the weights
         self.feature_cache: FeatureCache | None = None  # set it to keep image features between calls
-        self.packed_head: Tensor | None = None          # see sampler.prepared
 
     @property
     def head_weight(self) -> Tensor:
@@ -59,7 +59,7 @@ class VLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
-        return linear(hidden, self.head_weight, packed=self.packed_head)
+        return self.product(hidden, self.head_weight)
 
     def image_features(self, batch: Batch) -> list[Tensor]:
         """Features of every picture in the batch, in the order of the prompts; equal pictures are encoded once."""

@@ -102,14 +102,16 @@ def test_metrics_by_hand() -> None:
     assert METRICS == ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
                        "logps/chosen", "logps/rejected")
     losses, metrics = pair_objective(pairs(POLICY, grad=True), pairs(REFERENCE), pairs(LENGTHS), beta=0.5)
-    assert losses.tolist() == exactly(*SIGMOID) and losses.requires_grad and not metrics.requires_grad
-    assert metrics.shape == (7, 2) and metrics.T.flatten().tolist() == exactly(
+    assert losses.tolist() == exactly(*SIGMOID) and losses.requires_grad
+    assert tuple(metrics) == METRICS and not any(values.requires_grad for values in metrics.values())
+    assert [values.shape for values in metrics.values()] == [(2,)] * 7
+    assert torch.stack(list(metrics.values())).T.flatten().tolist() == exactly(
         SIGMOID[0], 0.5, -1.0, 1.5, 1.0, -10.0, -14.0, SIGMOID[1], -1.0, 0.5, -1.5, 0.0, -5.0, -6.0)
 
 
 def test_no_margin_is_not_accurate() -> None:
     _, metrics = pair_objective(pairs(POLICY), pairs(POLICY), pairs(LENGTHS), beta=0.5)
-    assert not metrics[3:5].any()
+    assert not metrics["rewards/margins"].any() and not metrics["rewards/accuracies"].any()
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -119,8 +121,10 @@ def test_length_normalised(options: dict, expected: tuple[float, float]) -> None
     losses, metrics = pair_objective(pairs(POLICY), pairs(REFERENCE), pairs(LENGTHS), beta=0.5, length_normalised=True,
                                      **options)
     assert losses.tolist() == exactly(*expected)
-    assert metrics[1].tolist() == exactly(0.25, -0.25) and metrics[2].tolist() == exactly(-0.25, 0.5)
-    assert metrics[5].tolist() == [-10.0, -5.0] and metrics[6].tolist() == [-14.0, -6.0]      # sums, as logged
+    assert metrics["rewards/chosen"].tolist() == exactly(0.25, -0.25)
+    assert metrics["rewards/rejected"].tolist() == exactly(-0.25, 0.5)
+    assert metrics["logps/chosen"].tolist() == [-10.0, -5.0]                                  # sums, as logged
+    assert metrics["logps/rejected"].tolist() == [-14.0, -6.0]
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -133,7 +137,7 @@ def test_nll_coefficient(normalised: bool) -> None:
         losses, metrics = pair_objective(policy, pairs(REFERENCE), pairs(LENGTHS), beta=0.5,
                                          nll_coefficient=coefficient, length_normalised=normalised)
         losses.sum().backward()
-        found[coefficient] = losses.detach(), metrics, *(side.grad for side in policy)
+        found[coefficient] = losses.detach(), torch.stack(list(metrics.values())), *(side.grad for side in policy)
     losses, metrics, chosen, rejected = (b - a for a, b in zip(found[0.0], found[0.2]))
     assert losses.tolist() == exactly(1.0, 0.25) and metrics[0].tolist() == exactly(1.0, 0.25) and not metrics[1:].any()
     assert chosen.tolist() == exactly(-0.1, -0.05) and not rejected.any()
@@ -179,7 +183,7 @@ def test_losses_equal_trl(theirs: str, options: dict) -> None:
     [grad] = torch.autograd.grad(losses.mean(), per_token)
     assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.allclose(grad, expected_grad, rtol=1e-12, atol=0)
-    means = dict(zip(METRICS, metrics.mean(1).tolist()))
+    means = {name: values.mean().item() for name, values in metrics.items()}
     names = ("logps/chosen", "logps/rejected") if options else METRICS[1:]                  # TRL's rewards are sums
     assert {n: means[n] for n in names} == pytest.approx({n: logged["train"][n][0] for n in names}, rel=1e-7)
 

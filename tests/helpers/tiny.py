@@ -229,10 +229,10 @@ def reference_inputs(vlm: Any, batch: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def reference_greedy(vlm: Any, reference: Any, messages: list[dict], tokens: int, **options: Any) -> list[int]:
+def reference_greedy(vlm: Any, reference: Any, messages: list[dict], tokens: int) -> list[int]:
     """transformers' greedy continuation of one chat, without ids that ours never samples."""
     from model.sampler import banned_tokens
     inputs = reference_inputs(vlm, vlm.processor([messages]))
     banned = [[i] for i in banned_tokens(vlm).tolist()]
-    out = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned, **options)
+    out = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned)
     return out[0, inputs["input_ids"].shape[1]:].tolist()

@@ -137,7 +137,7 @@ def test_finished_samples_are_dropped(fast: VLM, chats: list, monkeypatch: pytes
         out[:, max(fast.stop_ids)] = out.amax(1) - 2.0
         return out
     monkeypatch.setattr(fast, "logits", logits, raising=False)
-    monkeypatch.setattr("model.sampler.LOOK", 4)
+    monkeypatch.setattr("model.sampler.CHECK_EVERY", 4)
     rows = generate(fast, chats[:8], n=4, max_new_tokens=40, temperature=1.0)
     assert sizes[0] == 32 and min(sizes) < 24 and len({len(c.token_ids) for row in rows for c in row}) > 4
     assert all(not set(c.token_ids[:-1]) & fast.stop_ids for row in rows for c in row)

@@ -100,10 +100,9 @@ def test_padded_batch_equals_transformers(case: tuple[str, VLM], reference: Any)
 
 def test_greedy_equals_transformers(case: tuple[str, VLM], reference: Any) -> None:
     _, vlm = case
-    for penalty in (1.0, 1.3):
-        theirs = [reference_greedy(vlm, reference, c, 8, repetition_penalty=penalty) for c in example_chats()]
-        ours = generate(vlm, example_chats(), max_new_tokens=8, temperature=0, repetition_penalty=penalty)
-        assert [list(c.token_ids) for [c] in ours] == theirs
+    theirs = [reference_greedy(vlm, reference, c, 8) for c in example_chats()]
+    ours = generate(vlm, example_chats(), max_new_tokens=8, temperature=0)
+    assert [list(c.token_ids) for [c] in ours] == theirs
 
 
 @torch.no_grad()
@@ -172,7 +171,7 @@ def test_stop_ids_end_a_sample(case: tuple[str, VLM], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("argument", [{"n": 0}, {"top_p": 0.0}, {"top_k": -1}, {"temperature": -0.1},
-                                      {"max_new_tokens": 0}, {"repetition_penalty": 0.0}])
+                                      {"max_new_tokens": 0}])
 def test_sampling_out_of_range(folder: Callable[[str], Path], argument: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(argument))):
         generate(load_vlm(folder("qwen3_vl")), [chat("hi")], **argument)

@@ -2,6 +2,7 @@
 states: test_model.py.)"""
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from dpo import sequence_logps
 from model import VLM, load_vlm
+from model.attention import Tree, attend
 from model.batch import collate
-from model.layers import Tree, attend
-from model.pairs import CHOSEN, PROMPT, REJECTED, PairRows, pack_pairs
+from model.pairs import CHOSEN, PROMPT, REJECTED, CompletionRows, PairRows, pack_completions, pack_pairs
 from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
 
 
@@ -112,6 +113,55 @@ def test_targets_and_their_sources(vlm: VLM) -> None:
         assert torch.equal(positions[:, start:start + len(completion)], after.expand(3, -1))
 
 
+def test_the_drawn_pair(vlm: VLM) -> None:
+    """What pairs.py draws, behind as many columns as the prompt has more than three tokens."""
+    rows = pack_pairs(vlm.processor, [(chat("hi"), [5, 6], [7, 8, 9])])
+    more = len(vlm.processor.rows([chat("hi")], {})[0].ids) - 3
+    assert rows.targets.tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert (rows.sources - more)[rows.mask].tolist() == [2, 3, 2, 5, 6]
+    assert (rows.batch.position_ids[0, 0, more:] - more).tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+
+
+def expected_completion_rows(vlm: VLM, examples: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets, sources and mask by the definition: the token before, in the row, predicts the next."""
+    prompts = vlm.processor.rows([messages for messages, _ in examples], {})
+    targets = torch.zeros(len(examples), max(len(ids) for _, ids in examples), dtype=torch.long)
+    sources, mask = targets.clone(), targets.bool()
+    for b, (prompt, (_, ids)) in enumerate(zip(prompts, examples)):
+        targets[b, :len(ids)], mask[b, :len(ids)] = torch.tensor(ids), True
+        sources[b, :len(ids)] = len(prompt.ids) - 1 + torch.arange(len(ids))
+    return targets, sources, mask
+
+
+def test_completions_behind_their_prompts(vlm: VLM) -> None:
+    """One row [prompt | completion] each, right-padded, and which state predicts which token of it."""
+    examples = [(messages, chosen) for messages, chosen, _ in triples(vlm)]
+    packed = pack_completions(vlm.processor, examples).to("cpu")
+    assert isinstance(packed, CompletionRows)
+    pictures: dict = {}
+    prompts = vlm.processor.rows([messages for messages, _ in examples], pictures)
+    rows = [prompt.continued(ids) for prompt, (_, ids) in zip(prompts, examples)]
+    batch = collate(rows, pictures, vlm.processor.pad_id)
+    for name in ("input_ids", "attention_mask", "position_ids", "sees"):
+        if hasattr(batch, name):
+            assert torch.equal(getattr(packed.batch, name), getattr(batch, name))
+    assert packed.batch.placed == batch.placed and packed.batch.tree is None
+    for ours, expected in zip((packed.targets, packed.sources, packed.mask), expected_completion_rows(vlm, examples)):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+    hidden = torch.randn(*batch.input_ids.shape, 3, generator=torch.Generator().manual_seed(0))
+    expected = hidden[torch.arange(len(rows))[:, None], packed.sources]
+    assert torch.equal(packed.predictors(hidden), expected)
+
+
+@torch.no_grad()
+def test_logps_of_completions(vlm: VLM) -> None:
+    examples = [(messages, chosen) for messages, chosen, _ in triples(vlm)]
+    rows = pack_completions(vlm.processor, examples)
+    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))
+    found = sequence_logps(rows.predictors(hidden), vlm.head_weight, rows.targets, rows.mask)
+    assert close(found, torch.stack([separate_logps(vlm, *example) for example in examples]))
+
+
 def test_predictors_take_each_row_its_own_states() -> None:
     rows = PairRows(None, torch.zeros(4, 2), torch.tensor([[0, 1], [2, 3], [0, 2], [2, 0]]), torch.ones(4, 2), [])
     hidden = torch.arange(8.0).view(2, 4, 1)                            # row 0: 0 to 3, row 1: 4 to 7
@@ -122,8 +172,9 @@ def dense_mask(segments: list[list[int]], length: int) -> Tensor:
     """(B, 1, T, T) by the definition: causal, and only to the beginning or to one's own end; padding to anything."""
     mask = torch.ones(len(segments), 1, length, length, dtype=torch.bool).tril()
     for b, row in enumerate(segments):
-        for i, j in ((i, j) for i in range(len(row)) for j in range(i + 1)):
-            mask[b, 0, i, j] = row[j] == 0 or row[j] == row[i]
+        for i in range(len(row)):
+            for j in range(i + 1):
+                mask[b, 0, i, j] = row[j] == 0 or row[j] == row[i]
     return mask
 
 
@@ -146,6 +197,18 @@ def test_tree_attention(segments: list[list[int]]) -> None:
     assert all(close(a, b, 1e-6) for a, b in zip(*found))
 
 
+def test_the_drawn_tree() -> None:
+    """What Tree draws: who attends to whom in "a b c | d e | f g h", read off the attention itself."""
+    tree = Tree.of([[0, 0, 0, 1, 1, 2, 2, 2]], 8)
+    same = torch.zeros(1, 1, 8, 8)
+    weights = tree.attend(same, same, torch.eye(8)[None, None])[0, 0]                      # (8, 8) who reads from whom
+    drawn = re.findall(r"^ +[a-h]   ((?:[x.] ?)+)", Tree.__doc__, re.MULTILINE)
+    expected = [[mark == "x" for mark in marks.split()] for marks in drawn]
+    assert [len(marks) for marks in expected] == list(range(1, 9))
+    assert [row[:i + 1] for i, row in enumerate((weights > 0).tolist())] == expected
+    assert not weights.triu(1).any()
+
+
 def test_keys_name_prompt_pictures_and_tokens(vlm: VLM) -> None:
     def key(messages: list, chosen: Any = (5, 6), rejected: Any = (7,), more: tuple = ()) -> str:
         return pack_pairs(vlm.processor, [(messages, chosen, rejected), *more]).keys[0]
@@ -166,3 +229,6 @@ def test_keys_name_prompt_pictures_and_tokens(vlm: VLM) -> None:
 def test_empty_completions(vlm: VLM, sides: tuple) -> None:
     with pytest.raises(ValueError, match="without tokens"):
         pack_pairs(vlm.processor, [(chat("hi"), *sides)])
+    if [] in sides:
+        with pytest.raises(ValueError, match="without tokens"):
+            pack_completions(vlm.processor, [(chat("hi"), sides[0]), (chat("hi"), sides[1])])

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from model import VLM, generate, load_vlm, next_digits
-from model.batch import collate
+from model.batch import Row, collate
 from model.prompts import group_prompts, pack_prompts, shared_length
-from model.sampler import remaining
+from model.sampler import unfinished
 from tiny import CONFIGS, chat, picture, write_checkpoint
 from verifier import rubric_chat
 
@@ -34,7 +35,7 @@ def rows_of(vlm: VLM, chats: list) -> tuple[list, dict]:
 
 
 def groups_of(vlm: VLM, rows: list) -> list[list[int]]:
-    return [group for group, _ in group_prompts(rows, vlm.processor.image_id)]
+    return [group.members for group in group_prompts(rows, vlm.processor.image_id)]
 
 
 def test_who_shares_a_row(vlm: VLM) -> None:
@@ -65,7 +66,7 @@ def test_what_keeps_prompts_apart(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> 
         assert groups_of(vlm, rows) == [[0], [1]], other
     same, _ = rows_of(vlm, [first, first])
     assert shared_length(*same, vlm.processor.image_id) == len(same[0].ids) - 1            # one is left to predict from
-    monkeypatch.setattr("model.prompts.LONGEST", 800)
+    monkeypatch.setattr("model.prompts.MAX_SHARED_ROW", 800)
     rows, _ = rows_of(vlm, [chat(WORDS * 3 + str(i) * 190) for i in range(4)])             # 250 alike, 200 of its own
     assert groups_of(vlm, rows) == [[0, 1], [2, 3]]
 
@@ -74,9 +75,10 @@ def test_a_neighbour_that_shares_less_is_kept_apart(vlm: VLM) -> None:
     """Two items of three prompts each, whose questions begin alike: what they share would cost each item its own."""
     rows, pictures = rows_of(vlm, [chat(WORDS * 2 + question * 60 + c) for question in "xy" for c in "abc"])
     assert groups_of(vlm, rows) == [[0, 1, 2], [3, 4, 5]]
-    for group, tokens in group_prompts(rows, vlm.processor.image_id):
-        [prompts] = pack_prompts([rows[i] for i in group], pictures, vlm.processor.image_id, vlm.processor.pad_id)
-        assert prompts.batch.input_ids.shape == (1, tokens)
+    for group in group_prompts(rows, vlm.processor.image_id):
+        members = [rows[i] for i in group.members]
+        [prompts] = pack_prompts(members, pictures, vlm.processor.image_id, vlm.processor.pad_id)
+        assert prompts.batch.input_ids.shape == (1, group.tokens)
 
 
 def test_rows_of_other_lengths_are_kept_apart(vlm: VLM) -> None:
@@ -89,7 +91,7 @@ def test_rows_of_other_lengths_are_kept_apart(vlm: VLM) -> None:
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0, "n": 3, "seed": 4},
-                                 {"temperature": 1.0, "n": 2, "repetition_penalty": 1.3, "top_p": 0.8}])
+                                 {"temperature": 1.0, "n": 2, "top_p": 0.8}])
 def test_completions_are_those_of_each_prompt_alone(vlm: VLM, how: dict[str, Any]) -> None:
     chats = alike()
     together = generate(vlm, chats, max_new_tokens=7, **how)
@@ -121,7 +123,7 @@ def test_finished_samples_are_dropped(vlm: VLM, monkeypatch: pytest.MonkeyPatch)
         sizes.append(len(hidden))
         return plain(hidden) + bump
     monkeypatch.setattr(vlm, "logits", logits, raising=False)
-    how = {"n": 4, "max_new_tokens": 30, "temperature": 1.0, "top_p": 0.95, "repetition_penalty": 1.1}
+    how = {"n": 4, "max_new_tokens": 30, "temperature": 1.0, "top_p": 0.95}
     together = generate(vlm, alike(), **how)
     assert sizes[0] == 3 * 3 * 4 and min(sizes) < 9
     assert together == [generate(vlm, [each], **how)[0] for each in alike()]
@@ -129,11 +131,24 @@ def test_finished_samples_are_dropped(vlm: VLM, monkeypatch: pytest.MonkeyPatch)
     assert min(lengths) < 4 and max(lengths) > 12
 
 
-def test_remaining() -> None:
+def test_the_drawn_prompts() -> None:
+    """What prompts.py draws."""
+    rows = [Row([ord(letter) for letter in text], np.tile(np.arange(len(text)), (3, 1)), []) for text in
+            ("abcde", "abcfg", "uvw")]
+    [prompts] = pack_prompts(rows, {}, image_id=0, pad_id=ord("_"))
+    assert ["".join(map(chr, ids)) for ids in prompts.batch.input_ids.tolist()] == ["abcdefg", "uvw____"]
+    assert prompts.batch.position_ids[0, 0].tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert prompts.numbers.tolist() == [[0, 1], [2, -1]] and prompts.last.tolist() == [[4, 6], [2, 0]]
+    shown = {number: columns.nonzero()[:, 0].tolist() for number, columns in prompts.numbered(
+        prompts.visible.flatten(0, 1))}
+    assert shown == {0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 5, 6], 2: [0, 1, 2]}
+
+
+def test_unfinished() -> None:
     done = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0]]).bool().flatten()
-    groups, samples = remaining(done, 3)
+    groups, samples = unfinished(done, 3)
     assert groups.tolist() == [1, 2] and samples.tolist() == [3, 4, 7, 8]
-    assert remaining(torch.tensor([False, True, False]), 1)[1].tolist() == [0, 2]
+    assert unfinished(torch.tensor([False, True, False]), 1)[1].tolist() == [0, 2]
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from model import VLM, generate, load_vlm
-from model.layers import Linear, linear
-from model.sampler import MANY, Completion, Sampling, choose, draw_uniforms, next_digits, pack, prepared
+from model.sampler import Completion, Sampling, draw_tokens, draw_uniforms
 from tiny import chat, example_chats, picture, qwen3_vl_config, write_checkpoint
 
 DRAWS = 40_000
@@ -46,7 +45,7 @@ def definition(logits: Tensor, top_p: float, top_k: int) -> list[float]:
 
 def counts(logits: Tensor, top_p: float = 1.0, top_k: int = 0, seed: int = 0) -> list[int]:
     uniforms = torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.bincount(choose(logits.expand(DRAWS, -1), top_p, top_k, uniforms), minlength=len(logits)).tolist()
+    return torch.bincount(draw_tokens(logits.expand(DRAWS, -1), top_p, top_k, uniforms), minlength=len(logits)).tolist()
 
 
 def chi_square(found: list[int], expected: list[float]) -> float:
@@ -99,79 +98,20 @@ def test_extreme_uniforms(top_p: float, top_k: int) -> None:
                    [0.0, 0.0, 0.0, -200.0, -200.0, -inf]):
         row = torch.tensor([logits])
         for uniform in (0.0, 1e-300, 0.5, ALMOST_1):
-            [token] = choose(row, top_p, top_k, torch.tensor([uniform], dtype=torch.float64)).tolist()
+            [token] = draw_tokens(row, top_p, top_k, torch.tensor([uniform], dtype=torch.float64)).tolist()
             assert row[0, token] > -inf
     wide = torch.randn(1, 150_000, generator=torch.Generator().manual_seed(0))
-    assert 0 <= choose(wide, top_p, top_k, torch.tensor([ALMOST_1], dtype=torch.float64)).item() < 150_000
+    assert 0 <= draw_tokens(wide, top_p, top_k, torch.tensor([ALMOST_1], dtype=torch.float64)).item() < 150_000
 
 
 def test_rows_are_drawn_on_their_own() -> None:
     logits = torch.stack((LOGITS, LOGITS.flip(0), torch.zeros(9)))
     uniforms = torch.tensor([0.1, 0.6, 0.99], dtype=torch.float64)
     for top_p, top_k in ((1.0, 0), (0.8, 0), (0.8, 4)):
-        together = choose(logits, top_p, top_k, uniforms)
-        assert together.tolist() == [choose(logits[i:i + 1], top_p, top_k, uniforms[i:i + 1]).item() for i in range(3)]
-    assert choose(torch.zeros(3, 9), 1.0, 0, uniforms).tolist() == [0, 5, 8]            # the inverse, in token order
-
-
-# ---- weights as a CPU reads them fastest
-
-@torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 3, 64])
-@pytest.mark.parametrize("tokens", [MANY - 1, MANY])
-def test_large_products_on_a_cpu(rows: int, tokens: int) -> None:
-    """By oneDNN, here from rows that do not lie one after another."""
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(400, 300, generator=generator), torch.randn(400, generator=generator)
-    x = torch.randn(2, 300, rows, generator=generator).mT                                 # (2, rows, 300)
-    wanted = (x.double() @ weight.double().mT).float()
-    packed = pack(weight, tokens)
-    assert packed.is_mkldnn == (tokens == MANY)
-    assert torch.allclose(linear(x, torch.empty(0), packed=packed), wanted, atol=1e-4)
-    assert torch.allclose(linear(x, torch.empty(0), bias, packed), wanted + bias, atol=1e-4)
-    assert pack(weight[:300], tokens) is None and pack(weight.bfloat16(), tokens) is None
-    assert linear(x.bfloat16(), weight, bias, packed).dtype == torch.bfloat16              # as under autocast
-
-
-def test_packed_weights(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same samples and digits; weights are packed anew each time, for they may have been trained, and let go."""
-    def held() -> list[Tensor | None]:
-        return [vlm.packed_head, *(m.packed for m in vlm.decoder.modules() if isinstance(m, Linear))]
-
-    def sample() -> list[list[Completion]]:
-        return generate(vlm, example_chats(), n=3, max_new_tokens=6)
-    plain, digits = sample(), torch.tensor(next_digits(vlm, example_chats(), ["0", "0."]))
-    monkeypatch.setattr("model.sampler.LARGE", 1)
-    assert sample() == plain
-    assert torch.allclose(torch.tensor(next_digits(vlm, example_chats(), ["0", "0."])), digits, atol=1e-6)
-    for tokens in (0, MANY):
-        with pytest.raises(KeyboardInterrupt), prepared(vlm, tokens):
-            assert all(each.is_mkldnn == (tokens == MANY) for each in held())
-            raise KeyboardInterrupt
-        assert all(each is None for each in held())
-    try:
-        vlm.head_weight.data.neg_()
-        assert sample() != plain
-    finally:
-        vlm.head_weight.data.neg_()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_interrupt_while_weights_are_packed(vlm: VLM, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Neither a packed copy nor a lowered weight stays behind."""
-    calls = iter(range(5))
-
-    def interrupted(weight: Tensor, tokens: int) -> Tensor:
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return pack(weight, tokens)
-    monkeypatch.setattr("model.sampler.LARGE", 1)
-    monkeypatch.setattr("model.sampler.pack", interrupted)
-    monkeypatch.setattr(vlm, "compute_dtype", dtype)
-    with pytest.raises(KeyboardInterrupt):
-        generate(vlm, example_chats(), max_new_tokens=4)
-    assert all(m.packed is None for m in vlm.modules() if isinstance(m, Linear))
-    assert {p.dtype for p in vlm.parameters()} == {torch.float32}
+        together = draw_tokens(logits, top_p, top_k, uniforms)
+        alone = [draw_tokens(logits[i:i + 1], top_p, top_k, uniforms[i:i + 1]).item() for i in range(3)]
+        assert together.tolist() == alone
+    assert draw_tokens(torch.zeros(3, 9), 1.0, 0, uniforms).tolist() == [0, 5, 8]       # the inverse, in token order
 
 
 # ---- a sample's own numbers
@@ -283,9 +223,9 @@ def test_cut_at_the_first_token(vlm: VLM) -> None:
 @pytest.mark.parametrize("name, values", [
     ("max_new_tokens", (0, -1)), ("temperature", (-0.1, 1e-9, math.inf, math.nan)),
     ("top_p", (0.0, -0.5, 1.01, math.nan)),
-    ("top_k", (-1,)), ("repetition_penalty", (0.0, -1.0, math.inf, math.nan))])
+    ("top_k", (-1,))])
 def test_out_of_range(name: str, values: tuple) -> None:
-    good = {"max_new_tokens": 1, "temperature": 0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    good = {"max_new_tokens": 1, "temperature": 0, "top_p": 1.0, "top_k": 0}
     assert Sampling(**good).top_k == 0
     for value in values:
         with pytest.raises(ValueError, match=f"^{name} is out of range: {value}"):

@@ -1,0 +1,262 @@
+"""Attention in its four forms: plain, in rows that branch, inside packed segments, and from a key-value cache.
+
+Letters: B rows, T tokens of a row, S tokens attended to, nh query heads, nk key-value heads, g = nh / nk, hd head
+width. In a tree: P columns of the longest prefix, m suffixes of the row with the most, E columns of the longest suffix.
+While sampling: G rows of prompts of P tokens, N samples a row, R = G N samples, t tokens sampled so far.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(hd) + mask) v; key-value head j serves the query heads j g .. (j + 1) g - 1.
+
+    q: (B, nh, T, hd); k, v: (B, nk, S, hd); mask: (B, 1, T, S) bool, True where allowed -> (B, nh, T, hd).
+    """
+    if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+        # CUDA's fused kernel that takes a mask does not share k and v between query heads: repeat them.
+        g = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(g, 1)                                           # (B, nh, S, hd)
+        v = v.repeat_interleave(g, 1)
+    return F.scaled_dot_product_attention(
+        q, k, v,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Attention in rows that branch: [prefix | suffix 1 | .. | suffix m], each suffix blind to the other suffixes.
+
+    The row "a b c | d e | f g h", x where the token on the left attends to the one above:
+
+            a b c d e f g h
+        a   x                       prefix, P = 3
+        b   x x
+        c   x x x
+        d   x x x x                 suffix 1
+        e   x x x x x
+        f   x x x . . x             suffix 2, E = 3: d and e stand before it and are not seen
+        g   x x x . . x x
+        h   x x x . . x x x
+
+    What is not seen is not computed either. The prefix is one causal sequence without a mask, and each suffix is a
+    sequence of its own behind a copy of the prefix's keys and values, filled up (_) to P and E:
+
+        a b c       a b c d e _       a b c f g h
+    """
+    prefix: int                                                                 # P
+    columns: Tensor                 # (B, m E) the column of each suffix token, suffix by suffix; any one where none is
+    places: Tensor                  # (B, T) where in [P | E of suffix 1 | .. | E of suffix m] each column is computed
+    allowed: Tensor                                                             # (B m, 1, E, P + E) bool
+
+    @staticmethod
+    def of(segments: list[list[int]], length: int) -> Tree:
+        """The tree of B rows of T = `length` columns, right-padded.
+
+        segments[b] holds a number for each token of row b: 0 in the prefix, then 1 .. m in the suffixes, in this order.
+        """
+        B = len(segments)
+        m = max(max(row) for row in segments)
+        sizes = torch.tensor([segment_sizes(row, m) for row in segments])       # (B, 1 + m)
+        ends = sizes.cumsum(1)                                                  # (B, 1 + m) the column after a segment
+        P = int(sizes[:, 0].max())
+        E = int(sizes[:, 1:].max())
+
+        # From the row to the suffixes. A suffix begins where the segment before it ends.
+        offset = torch.arange(E)
+        columns = ends[:, :-1, None] + offset                                   # (B, m, E)
+        real = offset < sizes[:, 1:, None]                                      # (B, m, E) False where filled up
+
+        # And back. A column of the prefix is computed in its own place; padding may read any place that exists.
+        places = torch.arange(length).clamp(max=P - 1).repeat(B, 1)             # (B, T)
+        row, suffix, position = real.nonzero(as_tuple=True)                     # of every suffix token
+        places[row, columns[real]] = P + suffix * E + position
+
+        # A suffix sees the prefix, except for its filling, and itself causally.
+        prefix_real = torch.arange(P) < sizes[:, :1]                            # (B, P)
+        sees_prefix = prefix_real[:, None, None].expand(-1, m, E, P)
+        sees_itself = torch.ones(E, E, dtype=torch.bool).tril()
+        sees_itself = sees_itself.expand(B, m, E, E)
+        allowed = torch.cat((sees_prefix, sees_itself), -1)                     # (B, m, E, P + E)
+
+        return Tree(
+            prefix=P,
+            columns=columns.clamp(max=length - 1).flatten(1),
+            places=places,
+            allowed=allowed.flatten(0, 1)[:, None],
+        )
+
+    def to(self, device: torch.device | str) -> Tree:
+        """The same tree with its tensors on `device`."""
+        return Tree(
+            self.prefix,
+            self.columns.to(device),
+            self.places.to(device),
+            self.allowed.to(device),
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: (B, nh, T, hd); k, v: (B, nk, T, hd) -> (B, nh, T, hd)."""
+        P = self.prefix
+        prefix_q = q[:, :, :P]
+        prefix_k = k[:, :, :P]
+        prefix_v = v[:, :, :P]
+        of_prefix = attend(prefix_q, prefix_k, prefix_v, causal=True)           # (B, nh, P, hd)
+
+        of_suffixes = attend(
+            self._suffixes(q),                                                  # (B m, nh, E, hd)
+            self._behind_prefix(k),                                             # (B m, nk, P + E, hd)
+            self._behind_prefix(v),
+            self.allowed,
+        )                                                                       # (B m, nh, E, hd)
+        of_suffixes = of_suffixes.unflatten(0, (len(q), -1))                    # (B, m, nh, E, hd)
+        of_suffixes = of_suffixes.transpose(1, 2).flatten(2, 3)                 # (B, nh, m E, hd)
+        computed = torch.cat((of_prefix, of_suffixes), 2)                       # (B, nh, P + m E, hd)
+        places = self.places[:, None, :, None].expand_as(q)
+        return computed.gather(2, places)                                       # (B, nh, T, hd)
+
+    def _suffixes(self, x: Tensor) -> Tensor:
+        """The suffixes as sequences of their own: (B, h, T, hd) -> (B m, h, E, hd)."""
+        B, heads, _, hd = x.shape
+        m = len(self.allowed) // B
+        columns = self.columns[:, None, :, None]                                # (B, 1, m E, 1)
+        columns = columns.expand(-1, heads, -1, hd)
+        suffixes = x.gather(2, columns)                                         # (B, h, m E, hd)
+        suffixes = suffixes.unflatten(2, (m, -1))                               # (B, h, m, E, hd)
+        return suffixes.transpose(1, 2).flatten(0, 1)
+
+    def _behind_prefix(self, x: Tensor) -> Tensor:
+        """Each suffix behind a copy of its row's prefix: (B, h, T, hd) -> (B m, h, P + E, hd)."""
+        m = len(self.allowed) // len(x)
+        prefix = x[:, :, :self.prefix]                                          # (B, h, P, hd)
+        copies = prefix.repeat_interleave(m, 0)                                 # (B m, h, P, hd)
+        suffixes = self._suffixes(x)                                            # (B m, h, E, hd)
+        return torch.cat((copies, suffixes), 2)
+
+
+def segment_sizes(segments: list[int], m: int) -> list[int]:
+    """The number of a row's tokens in segment 0 .. m."""
+    sizes = [0] * (m + 1)
+    for segment in segments:
+        sizes[segment] += 1
+    return sizes
+
+
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Full attention inside each segment of a packed sequence, none across; neighbours of one length share a call.
+
+    q, k, v: (sum of lengths, nh, hd) -> (sum of lengths, nh * hd).
+    """
+    outs = []
+    start = 0
+    for length, neighbours in groupby(lengths):
+        count = len(list(neighbours))
+        stop = start + count * length
+        parts = []
+        for x in (q, k, v):
+            x = x[start:stop].unflatten(0, (count, length))                     # (count, length, nh, hd)
+            parts.append(x.transpose(1, 2))                                     # (count, nh, length, hd)
+        out = attend(*parts).transpose(1, 2)                                    # (count, length, nh, hd)
+        outs.append(out.flatten(2).flatten(0, 1))                               # (count * length, nh * hd)
+        start = stop
+    return torch.cat(outs)
+
+
+class LayerCache:
+    """One decoder layer's keys and values while sampling.
+
+    Those of the G rows of prompts are held once and read by all N samples of a row; what the R = G N samples add is
+    held apart. A row may hold several prompts that begin alike: `bias` (G, N, P), in the dtype computed in, is 0 where
+    the sample's own prompt stands and -inf elsewhere.
+    """
+
+    def __init__(self, bias: Tensor):
+        self.bias = bias
+        self.prompt: tuple[Tensor, Tensor] | None = None                        # k, v: (G, nk, P, hd)
+        self.sampled: tuple[Tensor, Tensor] | None = None                       # k, v: (R, nk, room >= t, hd)
+        self.length = 0                                                         # t
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one token's k and v, (R, nk, 1, hd) each; returns all sampled so far, (R, nk, t, hd) each."""
+        if self.sampled is None:
+            self.sampled = k, v
+        sampled_k, sampled_v = self.sampled
+        if self.length == sampled_k.shape[2]:
+            sampled_k = _with_double_room(sampled_k)
+            sampled_v = _with_double_room(sampled_v)
+            self.sampled = sampled_k, sampled_v
+
+        t = self.length
+        sampled_k[:, :, t] = k[:, :, 0]
+        sampled_v[:, :, t] = v[:, :, 0]
+        self.length = t + 1
+        return sampled_k[:, :, :t + 1], sampled_v[:, :, :t + 1]
+
+    def keep(self, groups: Tensor, samples: Tensor) -> None:
+        """Go on with these of the G rows of prompts, (G',), and these of the R samples, (R',), in order.
+
+        Every row keeps the same number of samples.
+        """
+        bias = self.bias.flatten(0, 1)[samples]                                 # (R', P)
+        self.bias = bias.unflatten(0, (len(groups), -1))                        # (G', N', P)
+        prompt_k, prompt_v = self.prompt
+        self.prompt = prompt_k[groups], prompt_v[groups]
+        if self.sampled is not None:
+            sampled_k, sampled_v = self.sampled
+            self.sampled = sampled_k[samples], sampled_v[samples]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one new token a sample to its prompt and to the sample's own tokens, this one included.
+
+        q: (R, nh, 1, hd); k, v: (R, nk, 1, hd) -> (R, nh, 1, hd).
+        """
+        prompt_k, prompt_v = self.prompt
+        own_k, own_v = self.append(k, v)                                        # (R, nk, t, hd)
+        R, nh, _, hd = q.shape
+        G, nk, P, _ = prompt_k.shape
+        N = R // G
+        g = nh // nk
+
+        # The N samples of a row read its keys in one product, as if they were N g query heads.
+        q = q.reshape(R, nk, g, hd) * hd ** -0.5
+        to_prompt = _join_samples(q, G) @ prompt_k.mT                           # (G, nk, N g, P)
+        to_prompt.unflatten(2, (N, g)).add_(self.bias[:, None, :, None])
+        to_own = _join_samples(q @ own_k.mT, G)                                 # (G, nk, N g, t)
+
+        # One softmax over both: a sample's tokens compete with its prompt's.
+        scores = torch.cat((to_prompt, to_own), -1)                             # (G, nk, N g, P + t)
+        weights = scores.float().softmax(-1).to(q.dtype)
+        from_prompt = weights[..., :P] @ prompt_v                               # (G, nk, N g, hd)
+        from_prompt = _part_samples(from_prompt, N)                             # (R, nk, g, hd)
+        own_weights = _part_samples(weights[..., P:], N)                        # (R, nk, g, t)
+        y = from_prompt + own_weights @ own_v                                   # (R, nk, g, hd)
+        return y.reshape(R, nh, 1, hd)
+
+
+def _with_double_room(x: Tensor) -> Tensor:
+    """(R, nk, room, hd) -> (R, nk, 2 room, hd), the new half uninitialised."""
+    new_half = torch.empty_like(x)
+    return torch.cat((x, new_half), 2)
+
+
+def _join_samples(x: Tensor, G: int) -> Tensor:
+    """The samples of a row beside each other: (G N, nk, g, *) -> (G, nk, N g, *)."""
+    x = x.unflatten(0, (G, -1))                                                 # (G, N, nk, g, *)
+    x = x.transpose(1, 2)                                                       # (G, nk, N, g, *)
+    return x.flatten(2, 3)
+
+
+def _part_samples(x: Tensor, N: int) -> Tensor:
+    """The way back: (G, nk, N g, *) -> (G N, nk, g, *)."""
+    x = x.unflatten(2, (N, -1))                                                 # (G, nk, N, g, *)
+    x = x.transpose(1, 2)                                                       # (G, N, nk, g, *)
+    return x.flatten(0, 1)
