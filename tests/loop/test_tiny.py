@@ -189,7 +189,7 @@ def test_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run([sys.executable, "-m", "loop.make_tiny", *few, str(tmp_path / "a")], cwd=ROOT, timeout=120,
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(make_tiny, "measured", lambda vlm: "")                   # it asks about hundreds of pictures
+    monkeypatch.setattr(make_tiny, "grading_report", lambda vlm: "")     # it asks about hundreds of pictures
     for name, seed in (("b", "0"), ("c", "1")):
         monkeypatch.setattr(sys, "argv", ["make_tiny.py", *few, str(tmp_path / name), "--seed", seed])
         assert make_tiny.main() == 0
@@ -206,7 +206,7 @@ def test_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_make_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps: the settings that are shipped, the prompt's fixed pieces one token each."""
-    monkeypatch.setattr(make_tiny, "compared", lambda vlm: "")                   # it asks about hundreds of pictures
+    monkeypatch.setattr(make_tiny, "comparing_report", lambda vlm: "")     # it asks about hundreds of pictures
     few = ["--judge-answer-steps", "1", "--judge-steps", "1"]
     monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--only", "judge", *few, "--out", str(tmp_path)])
     assert make_tiny.main() == 0
