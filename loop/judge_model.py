@@ -94,6 +94,6 @@ def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence
     sources = sources.to(vlm.device)
     mask = mask.to(vlm.device)
     hidden = vlm.hidden(batch, vlm.image_features(batch))               # (B, T, H)
-    b = torch.arange(len(rows), device=vlm.device)[:, None]             # (B, 1)
-    predictors = hidden[b, sources]                                     # (B, C, H)
+    row_numbers = torch.arange(len(rows), device=vlm.device)            # (B,)
+    predictors = hidden[row_numbers[:, None], sources]                  # (B, C, H)
     return sequence_logps(predictors, vlm.head_weight, targets, mask)
