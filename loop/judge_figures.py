@@ -89,7 +89,11 @@ def judged_figures(number: int, judged: Sequence[BothOrders], order_filter: bool
 
 def logged_values(figures: JudgeFigures | IterationFigures) -> dict[str, float | None]:
     """The figures of the table without their intervals, for metrics.jsonl."""
-    return {name: figures[name]["value"] for name in COLUMNS if name in figures}
+    values = {}
+    for name in COLUMNS:
+        if name in figures:
+            values[name] = figures[name]["value"]
+    return values
 
 
 def table(rows: dict[int, JudgeFigures | IterationFigures]) -> str:

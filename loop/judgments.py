@@ -90,10 +90,12 @@ def balanced(judgments: Sequence[Judgment], seed: int, most: int = sys.maxsize) 
 
     Of the side that has more some are drawn.
     """
-    places_of_first = [k for k, judgment in enumerate(judgments) if judgment.side == 1]
-    places_of_second = [k for k, judgment in enumerate(judgments) if judgment.side == 2]
-    count = min(len(places_of_first), len(places_of_second), most // 2)
+    numbers: dict[int, list[int]] = {1: [], 2: []}      # the better response's place -> numbers of judgments
+    for number, judgment in enumerate(judgments):
+        numbers[judgment.side].append(number)
+    count = min(len(numbers[1]), len(numbers[2]), most // 2)
 
     rng = random.Random(seed)
-    drawn = rng.sample(places_of_first, count) + rng.sample(places_of_second, count)
-    return [judgments[k] for k in sorted(drawn)]
+    drawn = rng.sample(numbers[1], count)
+    drawn += rng.sample(numbers[2], count)
+    return [judgments[number] for number in sorted(drawn)]
