@@ -40,7 +40,12 @@ def ask_judge(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: dict[st
 
     def answer(chats: list[Chat]) -> list[Completion]:
         replies = generate(
-            vlm, chats, max_new_tokens=cfg.verdict_tokens, batch_size=cfg.sample_batch, **sampling)
+            vlm,
+            chats,
+            max_new_tokens=cfg.verdict_tokens,
+            batch_size=cfg.sample_batch,
+            **sampling,
+        )
         return [completion for [completion] in replies]
 
     def judge_chunk(chunk: Sequence[SyntheticPair]) -> list[BothOrders]:
@@ -59,12 +64,18 @@ def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
     requests = []
     for item, response in responses:
         rng = random.Random(f"{cfg.seed} {item.id}")
-        requests.append((item, response, rng.choice(sorted(KINDS))))
+        kind = rng.choice(sorted(KINDS))
+        requests.append((item, response, kind))
 
     def alter_chunk(chunk: Sequence[tuple[Item, str, str]]) -> list[SyntheticPair | str]:
         chats = [alter_chat(item.chat(), response, kind) for item, response, kind in chunk]
         replies = generate(
-            vlm, chats, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.sample_batch, **sampling)
+            vlm,
+            chats,
+            max_new_tokens=cfg.max_new_tokens,
+            batch_size=cfg.sample_batch,
+            **sampling,
+        )
         outcomes = []
         for (item, response, kind), [altered] in zip(chunk, replies, strict=True):
             outcomes.append(altered_pair(item.id, response, altered.text, kind))
@@ -79,7 +90,8 @@ def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence
     rows = [prompt.continued(ids) for prompt, ids in zip(prompts, completions, strict=True)]
     batch = collate(rows, pictures, vlm.processor.pad_id).to(vlm.device)
 
-    shape = (len(rows), max(len(ids) for ids in completions))
+    longest = max(len(ids) for ids in completions)
+    shape = (len(rows), longest)
     targets = torch.zeros(shape, dtype=torch.long)                      # (B, C)
     sources = torch.zeros(shape, dtype=torch.long)                      # (B, C)
     mask = torch.zeros(shape, dtype=torch.bool)                         # (B, C)
@@ -88,12 +100,14 @@ def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence
         targets[b, :length] = torch.tensor(ids)
         mask[b, :length] = True
         # The prompt's last position predicts the first token; then each token predicts the next.
-        sources[b, :length] = len(prompt.ids) - 1 + torch.arange(length)
+        first_source = len(prompt.ids) - 1
+        sources[b, :length] = first_source + torch.arange(length)
 
     targets = targets.to(vlm.device)
     sources = sources.to(vlm.device)
     mask = mask.to(vlm.device)
-    hidden = vlm.hidden(batch, vlm.image_features(batch))               # (B, T, H)
+    features = vlm.image_features(batch)
+    hidden = vlm.hidden(batch, features)                                # (B, T, H)
     row_numbers = torch.arange(len(rows), device=vlm.device)            # (B,)
     predictors = hidden[row_numbers[:, None], sources]                  # (B, C, H)
     return sequence_logps(predictors, vlm.head_weight, targets, mask)

@@ -22,7 +22,9 @@ def load_judge_splits(cfg: TrainingFlags, tasks: Sequence[str], train_items: int
     items = []
     for task in tasks:
         items += load_task(task, cfg.data, cfg.split)
-    train = load_task(cfg.task, cfg.data, cfg.train_split) if cfg.train_split else None
+    train = None
+    if cfg.train_split:
+        train = load_task(cfg.task, cfg.data, cfg.train_split)
     check_questions(cfg, items, train or [])
 
     # split_items holds back items that have an answer: where none is known, each gets one for as long as it takes.
@@ -30,9 +32,12 @@ def load_judge_splits(cfg: TrainingFlags, tasks: Sequence[str], train_items: int
     if not answers_known:
         items = [replace(item, answer="unknown") for item in items]
     splits = split_items(items, 0, 0, held_out_items, cfg.seed, train)
-    held_out = splits.held_out if answers_known else without_answers(splits.held_out)
+    held_out = splits.held_out
+    if not answers_known:
+        held_out = without_answers(held_out)
 
-    chosen = random.Random(cfg.seed).sample(splits.train, min(train_items, len(splits.train)))
+    count = min(train_items, len(splits.train))
+    chosen = random.Random(cfg.seed).sample(splits.train, count)
     if not keep_answers:
         chosen = without_answers(chosen)
     else:
