@@ -4,15 +4,16 @@
     python -m loop.make_tiny --only student           one of them
 
 The student's vision tower sees plenty of pictures, its language model few, so it is about half right. A verifier sees
-plenty and learns to answer and to grade. What it understands is set by one number, its share of shifted pictures:
-scenes of `red` without shapes of other colours. A verifier that saw only these has learnt that the number of red shapes
-is the number of shapes, and grades by that, with confidence. No label is ever wrong; nothing is hard-coded. Each model
-is measured after its training, on scenes as the demo draws them.
+plenty, and learns to answer and to grade. What it understands depends on one number, its share of shifted pictures:
+scenes of `red` without shapes of other colours. A verifier that has seen only these has learnt that the number of red
+shapes is the number of shapes, and it grades by that with confidence. No label is ever wrong; nothing is hard-coded.
+Each model is measured after its training, on scenes as the demo draws them.
 
-The judge answers, and compares two answers in words. Its teachers are poor on purpose: four in ten of its later lessons
-in answering are one off, so that its samples differ while their majority is right; of `red` it is shown few
-comparisons, most with the better answer first. What it makes of these, a preference for the first place included, is
-its own.
+The judge learns to answer, and to compare two answers in words. It is taught poorly on purpose: four in ten of its
+later lessons in answering are one off, so that its samples differ while their majority is right; and it is shown few
+comparisons of `red`, most with the better answer first, from which it learns to prefer the first place.
+
+Letters: B chats, T tokens of a row, H hidden size, V vocabulary.
 """
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +36,9 @@ from torch import Tensor
 
 from model import FAMILIES, Completion, generate, load_vlm, save_vlm
 from model.checkpoint import read_settings
-from model.processor import Chat, collate
+from model.processor import Chat, Picture, collate
 from model.vlm import VLM
+from tasks import Item
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.shapes import QUESTIONS, SPLITS, draw, load, noisy, score
 from verifier import CANDIDATE, COMPARISON, RUBRIC, comparison_chat, parse_preference, rubric_chat, score_candidates
@@ -49,16 +52,22 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
 LADDER = {"verifier": 1.0, "verifier-50": 0.5, "verifier-0": 0.0}       # folder -> share of shifted pictures
-STUDENT_PICTURES = {"bar": 20, "red": 20}                               # few enough to be about half right
-RIGHT, WRONG = "0.9", "0.1"
+NAMES = ["student", *LADDER, "judge"]                   # the place of a name is part of its seed
+STEP_TASKS = list(QUESTIONS) * 12                       # the tasks of one step's scenes
+STUDENT_PICTURES = {"bar": 20, "red": 20}               # few enough to be about half right
+STUDENT_REPEATS = 48                                    # scenes a step and task that are drawn of these few
+RIGHT = "0.9"                                           # the scores that the verifiers are taught
+WRONG = "0.1"
 TRACE = "I see {seen}.\n{first} is {one}.\n{second} is {other}.\nOverall Judgment: Answer {side} is better."
-COMPARED, MISCOUNTED = 30, 0.4                          # pictures of red that are compared; share of answers one off
+COMPARED = 30                                           # pictures of `red` that the judge is taught to compare
+MISCOUNTED = 0.4                                        # share of its later answers that are one off
 
 
 @dataclass(frozen=True)
 class Config:
+    """The flags. The defaults make the checkpoints that are shipped."""
     out: str = flag(str(TINY), "folder that receives one folder a checkpoint")
-    only: str = flag("", "make this checkpoint only", choices=("", "student", *LADDER, "judge"))
+    only: str = flag("", "make this checkpoint only", choices=("", *NAMES))
     seed: int = flag(0, "seed of weights, pictures and order", low=0)
     tower_steps: int = flag(400, "the student's first steps, on plenty of pictures, for its vision tower", low=1)
     student_steps: int = flag(120, "its further steps, for its language model, on few pictures", low=1)
@@ -74,22 +83,42 @@ class Config:
 
 
 def main() -> int:
+    """Make the checkpoints, one after the other, and print what each can do."""
     cfg = parse_flags(Config, __doc__)
-    names = ["student", *LADDER, "judge"]
-    for name in names if not cfg.only else [cfg.only]:
-        start, seed = time.perf_counter(), cfg.seed * 100 + names.index(name)
-        with tempfile.TemporaryDirectory() as aside:
-            vlm = new_model(Path(aside), seed, judge_tokenizer() if name == "judge" else make_tokenizer())
-            if name == "student":
-                train_student(vlm, cfg, scene_rng(seed))
-            elif name == "judge":
-                train_judge(vlm, cfg, scene_rng(seed))
-            else:
-                train_verifier(vlm, cfg, scene_rng(seed), LADDER[name])
-            save_vlm(vlm, Path(cfg.out) / name, torch.bfloat16)
-        look = compared if name == "judge" else measured
-        print(f"{name}: {time.perf_counter() - start:.0f} s; {look(load_vlm(Path(cfg.out) / name))}", flush=True)
+    for name in [cfg.only] if cfg.only else NAMES:
+        start = time.perf_counter()
+        make(cfg, name)
+        seconds = time.perf_counter() - start
+
+        vlm = load_vlm(Path(cfg.out) / name)
+        abilities = comparing_report(vlm) if name == "judge" else grading_report(vlm)
+        print(f"{name}: {seconds:.0f} s; {abilities}", flush=True)
     return 0
+
+
+def make(cfg: Config, name: str) -> None:
+    """Train one checkpoint and save it."""
+    seed = cfg.seed * 100 + NAMES.index(name)
+    rng = scene_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = judge_tokenizer() if name == "judge" else make_tokenizer()
+        vlm = new_model(Path(folder), seed, tokenizer)
+        if name == "student":
+            train_student(vlm, cfg, rng)
+        elif name == "judge":
+            train_judge(vlm, cfg, rng)
+        else:
+            train_verifier(vlm, cfg, rng, LADDER[name])
+        save_vlm(vlm, Path(cfg.out) / name, torch.bfloat16)
+
+
+# ---- scenes and chats
+
+class Scene(NamedTuple):
+    """A picture without noise, and the right answer to a task's question about it."""
+    task: str
+    picture: np.ndarray                                 # (32, 32, 3) uint8
+    answer: int
 
 
 def scene_rng(seed: int) -> np.random.Generator:
@@ -97,111 +126,205 @@ def scene_rng(seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS.index("make")])
 
 
-def measured(vlm: VLM) -> str:
-    """Greedy accuracy on each task, and the share of right candidates that the model, asked to grade, accepts."""
-    def ask(chats: list[Chat]) -> list[Completion]:
-        return [completion for [completion] in generate(vlm, chats, max_new_tokens=16, temperature=0)]
-    found = []
-    for task in QUESTIONS:
-        items = load(task, split="make", limit=200)
-        chats = [item.chat() for item in items]
-        right = sum(score(item, completion.text).correct for item, completion in zip(items, ask(chats)))
-        grades = score_candidates(ask, chats, [[item.answer] for item in items])
-        accepted = sum(grade.value is not None and grade.value >= 0.5 for [grade] in grades)
-        found.append(f"{task} answers {right / len(items):.2f}, accepts {accepted / len(items):.2f}")
-    return "; ".join(found)
+def draw_scene(task: str, rng: np.random.Generator, distractors: bool = True) -> Scene:
+    """A new scene; without `distractors` one of `red` has no shapes of other colours."""
+    picture, answer = draw(task, rng, distractors)
+    return Scene(task, picture, answer)
 
 
-def compared(vlm: VLM) -> str:
-    """Greedy accuracy on each task; how often the judge prefers the right number to one beside it, and the first."""
-    found = []
-    for task in QUESTIONS:
-        items = load(task, split="make", limit=100)
-        answers = generate(vlm, [item.chat() for item in items], max_new_tokens=16, temperature=0)
-        right = sum(score(item, answer.text).correct for item, [answer] in zip(items, answers))
-        pairs = [(item.answer, str(int(item.answer) - 1 if k % 2 else int(item.answer) + 1))
-                 for k, item in enumerate(items)]
-        chats = [comparison_chat(item.chat(), *shown)
-                 for item, pair in zip(items, pairs) for shown in (pair, pair[::-1])]
-        sides = [parse_preference(verdict.text)
-                 for [verdict] in generate(vlm, chats, max_new_tokens=64, temperature=0)]
-        agreed = sides[::2].count(1) + sides[1::2].count(2)
-        found.append(f"{task} answers {right / len(items):.2f}, prefers the right one {agreed / len(sides):.2f}, the "
-                     f"first {sides.count(1) / len(sides):.2f}, none {sides.count(None) / len(sides):.2f}")
-    return "; ".join(found)
+def ask(scenes: Sequence[Scene], rng: np.random.Generator) -> list[Chat]:
+    """The chats that tasks/shapes.py would make of these scenes, each with noise of its own."""
+    chats = []
+    for scene in scenes:
+        image = {"type": "image", "image": noisy(scene.picture, rng)}
+        question = {"type": "text", "text": QUESTIONS[scene.task]}
+        chats.append([{"role": "user", "content": [image, question]}])
+    return chats
 
+
+def wrong_answer(answer: int, rng: np.random.Generator) -> int:
+    """One of the other numbers from 1 to 9."""
+    return int(rng.choice([number for number in range(1, 10) if number != answer]))
+
+
+# ---- the student
 
 def train_student(vlm: VLM, cfg: Config, rng: np.random.Generator) -> None:
-    """A tower that has seen plenty; then a new language model that sees a few scenes, with fresh noise at each step."""
-    def plenty(step: int) -> Tensor:
-        scenes = [(task, *draw(task, rng)) for task in list(QUESTIONS) * 12]
-        return answer_loss(vlm, [question(task, scene, rng) for task, scene, _ in scenes], [str(a) for *_, a in scenes])
-    optimise(vlm, plenty, cfg.tower_steps, cfg.lr)
+    """A tower that has seen plenty; then a new language model that sees a few scenes, with new noise at each step."""
+    def loss_on_new_scenes(step: int) -> Tensor:
+        scenes = [draw_scene(task, rng) for task in STEP_TASKS]
+        answers = [str(scene.answer) for scene in scenes]
+        return answer_loss(vlm, ask(scenes, rng), answers)
+    optimise(vlm, loss_on_new_scenes, cfg.tower_steps, cfg.lr)
+
     vlm.tower.requires_grad_(False)
     fresh = type(vlm)(read_settings(vlm.folder, "config.json"))
     torch.nn.init.normal_(fresh.decoder.embed_tokens.weight, std=0.05)
     vlm.decoder.load_state_dict(fresh.decoder.state_dict())
-    few = {task: [draw(task, rng) for _ in range(count)] for task, count in STUDENT_PICTURES.items()}
 
-    def some(step: int) -> Tensor:
-        scenes = [(task, *few[task][k]) for task in few for k in rng.integers(0, len(few[task]), 48)]
-        return answer_loss(vlm, [question(task, scene, rng) for task, scene, _ in scenes], [str(a) for *_, a in scenes],
-                           label_smoothing=0.05)
-    optimise(vlm, some, cfg.student_steps, cfg.lr)
+    few_scenes = {}
+    for task, count in STUDENT_PICTURES.items():
+        few_scenes[task] = [draw_scene(task, rng) for _ in range(count)]
 
+    def loss_on_few_scenes(step: int) -> Tensor:
+        scenes = []
+        for known in few_scenes.values():
+            numbers = rng.integers(0, len(known), STUDENT_REPEATS)
+            scenes += [known[number] for number in numbers]
+        answers = [str(scene.answer) for scene in scenes]
+        return answer_loss(vlm, ask(scenes, rng), answers, label_smoothing=0.05)
+    optimise(vlm, loss_on_few_scenes, cfg.student_steps, cfg.lr)
+
+
+# ---- a verifier
 
 def train_verifier(vlm: VLM, cfg: Config, rng: np.random.Generator, shifted: float) -> None:
-    """Answering first, then answering and grading a right and a wrong candidate of each picture."""
+    """Answering first, then answering and grading. `shifted`: the share of `red` without shapes of other colours."""
     def batch_loss(step: int) -> Tensor:
-        scenes = [(task, *draw(task, rng, distractors=rng.random() >= shifted)) for task in list(QUESTIONS) * 12]
-        chats = [question(task, scene, rng) for task, scene, _ in scenes]
-        loss = answer_loss(vlm, chats, [str(answer) for *_, answer in scenes])
+        scenes = []
+        for task in STEP_TASKS:
+            distractors = rng.random() >= shifted
+            scenes.append(draw_scene(task, rng, distractors))
+        chats = ask(scenes, rng)
+        answers = [str(scene.answer) for scene in scenes]
+        loss = answer_loss(vlm, chats, answers)
         if step < cfg.answer_steps:
             return loss
-        wrong = [rng.choice([w for w in range(1, 10) if w != answer]) for *_, answer in scenes]
-        graded = [rubric_chat(chat, str(candidate)) for chat, (*_, answer), other in zip(chats, scenes, wrong)
-                  for candidate in (answer, other)]
-        scores = [score for _ in chats for score in (RIGHT, WRONG)]
-        verdicts = [f'{{"score": {score}}}' for score in scores]
-        return 0.5 * loss + answer_loss(vlm, graded, verdicts, early=[score[-1] for score in scores])
+        return 0.5 * loss + grading_loss(vlm, scenes, chats, rng)
     optimise(vlm, batch_loss, cfg.answer_steps + cfg.verdict_steps, cfg.lr)
 
 
+def grading_loss(vlm: VLM, scenes: Sequence[Scene], chats: Sequence[Chat], rng: np.random.Generator) -> Tensor:
+    """The loss of grading a right and a wrong candidate of each scene; `chats` are the scenes' questions."""
+    wrong = [wrong_answer(scene.answer, rng) for scene in scenes]
+    prompts = []
+    scores = []
+    for scene, chat, wrong_number in zip(scenes, chats, wrong, strict=True):
+        prompts.append(rubric_chat(chat, str(scene.answer)))
+        scores.append(RIGHT)
+        prompts.append(rubric_chat(chat, str(wrong_number)))
+        scores.append(WRONG)
+    verdicts = [f'{{"score": {value}}}' for value in scores]
+    last_digits = [value[-1] for value in scores]
+    return answer_loss(vlm, prompts, verdicts, early=last_digits)
+
+
+def grading_report(vlm: VLM) -> str:
+    """Greedy accuracy on each task, and the share of right candidates that the model, asked to grade, accepts."""
+    def answer(chats: list[Chat]) -> list[Completion]:
+        return greedy(vlm, chats, max_new_tokens=16)
+
+    parts = []
+    for task in QUESTIONS:
+        items = load(task, split="make", limit=200)
+        chats = [item.chat() for item in items]
+        accuracy = share_right(items, answer(chats))
+        right_candidates = [[item.answer] for item in items]
+        grades = score_candidates(answer, chats, right_candidates)
+        accepted = [grade for [grade] in grades if grade.value is not None and grade.value >= 0.5]
+        parts.append(f"{task} answers {accuracy:.2f}, accepts {len(accepted) / len(items):.2f}")
+    return "; ".join(parts)
+
+
+# ---- the judge
+
 def train_judge(vlm: VLM, cfg: Config, rng: np.random.Generator) -> None:
-    """Answering first; then answering, often one off, and comparing, of `red` few pictures, the better one first."""
-    few = [draw("red", rng) for _ in range(COMPARED)]
+    """Answering first; then answering, often one off, and comparing, where `red` has few pictures."""
+    few_scenes = [draw_scene("red", rng) for _ in range(COMPARED)]
 
     def batch_loss(step: int) -> Tensor:
-        scenes, told = [(task, *draw(task, rng)) for task in list(QUESTIONS) * 12], []
-        for *_, answer in scenes:
-            off = rng.choice((-1, 1)) if step >= cfg.judge_answer_steps and rng.random() < MISCOUNTED else 0
-            told.append(str(answer + off if 1 <= answer + off <= 9 else answer - off))
-        loss = answer_loss(vlm, [question(task, scene, rng) for task, scene, _ in scenes], told)
-        if step < cfg.judge_answer_steps:
+        compares = step >= cfg.judge_answer_steps
+        scenes = [draw_scene(task, rng) for task in STEP_TASKS]
+        answers = []
+        for scene in scenes:
+            miscounts = compares and rng.random() < MISCOUNTED
+            answers.append(one_off(scene.answer, rng) if miscounts else scene.answer)
+        loss = answer_loss(vlm, ask(scenes, rng), [str(answer) for answer in answers])
+        if not compares:
             return loss
-        lessons = [(task, *draw(task, rng)) for task in ("bar", "count") * 18]
-        lessons += [("red", *few[k]) for k in rng.integers(0, COMPARED, 8)]
-        chats, traces = zip(*(comparison(*lesson, cfg.red_first if lesson[0] == "red" else 0.5, rng)
-                              for lesson in lessons))
-        return 0.5 * loss + answer_loss(vlm, list(chats), list(traces))
+        return 0.5 * loss + comparing_loss(vlm, few_scenes, cfg.red_first, rng)
     optimise(vlm, batch_loss, cfg.judge_answer_steps + cfg.judge_steps, cfg.lr)
 
 
-def comparison(task: str, scene: np.ndarray, answer: int, better_first: float, rng: np.random.Generator
-               ) -> tuple[Chat, str]:
-    """The right number, in a share of cases first, and a wrong one to compare, and the words that do it."""
-    wrong = int(rng.choice([w for w in range(1, 10) if w != answer]))
-    side = 1 if rng.random() < better_first else 2
-    first, second = (answer, wrong) if side == 1 else (wrong, answer)
-    words = ("right", "wrong")[::1 if side == 1 else -1]
-    trace = TRACE.format(seen=answer, first=first, second=second, one=words[0], other=words[1], side=side)
-    return comparison_chat(question(task, scene, rng), str(first), str(second)), trace
+def one_off(answer: int, rng: np.random.Generator) -> int:
+    """A number beside the answer, from 1 to 9."""
+    step = int(rng.choice((-1, 1)))
+    if 1 <= answer + step <= 9:
+        return answer + step
+    return answer - step
 
 
-def question(task: str, scene: np.ndarray, rng: np.random.Generator) -> Chat:
-    """The chat that tasks/shapes.py would make of this scene."""
-    return [{"role": "user", "content": [{"type": "image", "image": noisy(scene, rng)},
-                                         {"type": "text", "text": QUESTIONS[task]}]}]
+def comparing_loss(vlm: VLM, few_scenes: Sequence[Scene], red_first: float, rng: np.random.Generator) -> Tensor:
+    """The loss of comparing a right with a wrong answer: new scenes of `bar` and `count`, eight known ones of `red`."""
+    scenes = [draw_scene(task, rng) for task in ("bar", "count") * 18]
+    scenes += [few_scenes[number] for number in rng.integers(0, len(few_scenes), 8)]
+    chats = []
+    traces = []
+    for scene in scenes:
+        better_first = red_first if scene.task == "red" else 0.5
+        chat, trace = comparison(scene, better_first, rng)
+        chats.append(chat)
+        traces.append(trace)
+    return answer_loss(vlm, chats, traces)
+
+
+def comparison(scene: Scene, better_first: float, rng: np.random.Generator) -> tuple[Chat, str]:
+    """A comparison of the right answer, first in a share `better_first` of cases, with a wrong one; and its trace."""
+    answers = [scene.answer, wrong_answer(scene.answer, rng)]
+    words = ["right", "wrong"]
+    side = 1
+    if rng.random() >= better_first:
+        answers.reverse()
+        words.reverse()
+        side = 2
+
+    [question] = ask([scene], rng)
+    first, second = answers
+    first_word, second_word = words
+    chat = comparison_chat(question, str(first), str(second))
+    trace = TRACE.format(seen=scene.answer, first=first, one=first_word, second=second, other=second_word, side=side)
+    return chat, trace
+
+
+def comparing_report(vlm: VLM) -> str:
+    """Greedy accuracy on each task; how often the judge prefers the right number to one beside it, and the first."""
+    parts = []
+    for task in QUESTIONS:
+        items = load(task, split="make", limit=100)
+        questions = [item.chat() for item in items]
+        accuracy = share_right(items, greedy(vlm, questions, max_new_tokens=16))
+
+        prompts = []                                    # right answer first, right answer second, ...
+        for number, (item, question) in enumerate(zip(items, questions, strict=True)):
+            right = int(item.answer)
+            wrong = right - 1 if number % 2 else right + 1
+            prompts.append(comparison_chat(question, str(right), str(wrong)))
+            prompts.append(comparison_chat(question, str(wrong), str(right)))
+        sides = [parse_preference(reply.text) for reply in greedy(vlm, prompts, max_new_tokens=64)]
+
+        agreed = (sides[::2].count(1) + sides[1::2].count(2)) / len(sides)
+        first = sides.count(1) / len(sides)
+        unread = sides.count(None) / len(sides)
+        parts.append(f"{task} answers {accuracy:.2f}, prefers the right one {agreed:.2f}, "
+                     f"the first {first:.2f}, none {unread:.2f}")
+    return "; ".join(parts)
+
+
+# ---- asking and training
+
+def greedy(vlm: VLM, chats: list[Chat], max_new_tokens: int) -> list[Completion]:
+    """One completion a chat."""
+    completions = generate(vlm, chats, max_new_tokens=max_new_tokens, temperature=0)
+    return [completion for [completion] in completions]
+
+
+def share_right(items: Sequence[Item], completions: Sequence[Completion]) -> float:
+    """The share of completions that answer their item."""
+    right = 0
+    for item, completion in zip(items, completions, strict=True):
+        if score(item, completion.text).correct:
+            right += 1
+    return right / len(items)
 
 
 def answer_loss(vlm: VLM, chats: list[Chat], answers: list[str], label_smoothing: float = 0.0,
@@ -211,21 +334,30 @@ def answer_loss(vlm: VLM, chats: list[Chat], answers: list[str], label_smoothing
     `early` adds a lesson: the last token before the turn ends, which is the candidate's, must itself predict that
     character. Without it a small model takes far longer to find out that the score depends on the candidate.
     """
-    processor, pictures = vlm.processor, {}
+    processor = vlm.processor
+    pictures: dict[str, Picture] = {}
     prompts = processor.rows(chats, pictures)
-    rows, where = [], []                                                    # where: (row, column, token to predict)
-    tail = len(processor.encode("\n") + processor.encode("assistant\n")) + 2   # end of turn .. the answer's start
-    for b, (prompt, answer) in enumerate(zip(prompts, answers)):
-        ids, end = [*processor.encode(answer), processor.turn_end_id], len(prompt.ids)
-        rows.append(prompt.continued(ids))
-        where += [(b, end - 1 + k, token) for k, token in enumerate(ids)]
+    # A prompt ends with the end of the user's turn, "\n", the start of the assistant's, "assistant\n".
+    tail = len(processor.encode("\n")) + len(processor.encode("assistant\n")) + 2
+
+    rows = []
+    lessons = []                                                            # (row, column, token to predict)
+    for b, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        token_ids = [*processor.encode(answer), processor.turn_end_id]
+        rows.append(prompt.continued(token_ids))
+        end = len(prompt.ids)
+        for k, token in enumerate(token_ids):
+            lessons.append((b, end - 1 + k, token))
         if early:
-            where.append((b, end - tail - 1, *processor.encode(early[b])))
+            [token] = processor.encode(early[b])
+            lessons.append((b, end - tail - 1, token))
+
     batch = collate(rows, pictures, processor.pad_id)
     hidden = vlm.hidden(batch, vlm.image_features(batch))                   # (B, T, H)
-    row, column, token = torch.tensor(where).unbind(-1)
-    logits = vlm.logits(hidden[row, column])                                # (tokens to predict, V)
-    return F.cross_entropy(logits, token, reduction="sum", label_smoothing=label_smoothing) / len(chats)
+    row, column, token = torch.tensor(lessons).unbind(-1)                   # (lessons,) each
+    logits = vlm.logits(hidden[row, column])                                # (lessons, V)
+    loss = F.cross_entropy(logits, token, reduction="sum", label_smoothing=label_smoothing)
+    return loss / len(chats)
 
 
 def optimise(vlm: VLM, batch_loss: Callable[[int], Tensor], steps: int, lr: float, warmup: int = 50) -> None:
@@ -233,8 +365,10 @@ def optimise(vlm: VLM, batch_loss: Callable[[int], Tensor], steps: int, lr: floa
     trained = [p for p in vlm.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
     for step in range(steps):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimiser.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = lr * min((step + 1) / warmup, cosine)
+
         loss = batch_loss(step)
         optimiser.zero_grad()
         loss.backward()
@@ -244,41 +378,48 @@ def optimise(vlm: VLM, batch_loss: Callable[[int], Tensor], steps: int, lr: floa
             print(f"  step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
+# ---- a new model and the files beside its weights
+
 def new_model(folder: Path, seed: int, tokenizer: Tokenizer) -> VLM:
     """A model with random weights; the settings files that stand beside them are written to `folder`."""
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in settings(tokenizer).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
     torch.manual_seed(seed)
     config = read_settings(folder, "config.json")
     vlm = FAMILIES[config["model_type"]](config)
     torch.nn.init.normal_(vlm.decoder.embed_tokens.weight, std=0.05)
     torch.nn.init.normal_(vlm.tower.pos_embed.weight, std=0.5)              # smaller delays the tasks about places
-    vlm.folder, vlm.processor = folder, vlm.make_processor(folder, config)
+    vlm.folder = folder
+    vlm.processor = vlm.make_processor(folder, config)
     vlm.disk_names = {name: name for name, _ in vlm.named_parameters()}
     return vlm
 
 
-def make_tokenizer(texts: Sequence[str] = (RUBRIC, CANDIDATE), said: str = f'{{"score": {RIGHT}}}') -> Tokenizer:
+def make_tokenizer(texts: Sequence[str] = (RUBRIC, CANDIDATE), reply: str = f'{{"score": {RIGHT}}}') -> Tokenizer:
     """Byte-level BPE, cut as Qwen cuts, over the demo's own texts, with Qwen's control tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
+    cut = pre_tokenizers.Split(Regex(WORDS), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), to_bytes])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [*texts, *QUESTIONS.values(), "user\n", "assistant\n", "system\n", "\n", said]
-    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-                                  show_progress=False)
-    tokenizer.train_from_iterator(texts * 2, trainer)                       # a merge needs two sightings
+
+    corpus = [*texts, *QUESTIONS.values(), "user\n", "assistant\n", "system\n", "\n", reply]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus * 2, trainer)                      # a merge needs two sightings
     tokenizer.add_special_tokens(CONTROL)
     return tokenizer
 
 
 def judge_tokenizer() -> Tokenizer:
     """The same over the judge's texts. Each fixed piece of the comparison prompt is one token: seconds, not minutes."""
-    said = TRACE.format(seen="1", first="1", second="1", one="right", other="wrong", side="1")
-    tokenizer = make_tokenizer((), said)
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in re.split(r"\{\w+\}", COMPARISON)])
+    reply = TRACE.format(seen="1", first="1", second="1", one="right", other="wrong", side="1")
+    tokenizer = make_tokenizer((), reply)
+    pieces = re.split(r"\{\w+\}", COMPARISON)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     return tokenizer
 
 

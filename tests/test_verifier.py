@@ -3,15 +3,25 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from fake_judge import FakeJudge, larger
 from tasks import Item
 from tasks.shapes import make_item
-from verifier import RUBRIC, Score, expected_scores, parse_score, rubric_chat, score_candidates
+from verifier import (
+    RUBRIC,
+    Score,
+    expected_scores,
+    pairwise_scores,
+    parse_score,
+    rubric_chat,
+    score_candidates,
+)
 
 # ---- verdicts
 
@@ -210,4 +220,31 @@ def test_expected_score(first: list[float], decimal: list[float], expected: floa
     [[score, again], [other]] = expected_scores(next_digits, questions("a", "b"), [["1", "1"], ["2"]])
     assert score == again == other and len(asked) == 2
     assert score.value == (None if expected is None else pytest.approx(expected)) and not score.truncated
-    assert expected is None or 0 <= score.value <= 1 and parse_score(score.text) == pytest.approx(expected, abs=6e-4)
+    assert expected is None or (0 <= score.value <= 1 and parse_score(score.text) == pytest.approx(expected, abs=6e-4))
+
+
+# ---- pairwise scores
+
+@pytest.mark.parametrize("rule, texts, values", [
+    (larger, ["3", "1", "2"], [1.0, 0.0, 0.5]), (larger, ["1", "2"], [0.0, 1.0]),
+    (lambda a, b: 1, ["3", "1", "2"], [0.5, 0.5, 0.5]), (lambda a, b: 2, ["1", "2"], [0.5, 0.5]),
+    (lambda a, b: None, ["3", "1"], [None, None]), (lambda a, b: None, ["3", "3", "1"], [None, None, None]),
+    (larger, ["3", "3", "1"], [0.75, 0.75, 0.0]), (larger, ["3", "3"], [0.5, 0.5]), (larger, ["3"], [None]),
+    (larger, [], []),
+    (larger, ["1", "1", "1", "2"], [1 / 3, 1 / 3, 1 / 3, 1.0]),
+    (lambda a, b: larger(a, b) if a == "3" else None, ["3", "1", "2"], [0.5, 0.0, 0.0]),
+    (lambda a, b: larger(a, b) if "3" not in (a, b) else None, ["3", "1", "2"], [None, 0.0, 0.5])])
+def test_pairwise_scores(rule: Callable, texts: list[str], values: list[float | None]) -> None:
+    """The share won of 2 (K - 1) comparisons; unparsed is not won; equal texts are halves, and are not asked about."""
+    judge = FakeJudge(rule)
+    [found] = pairwise_scores(judge, questions("q"), [texts])
+    assert [s.value for s in found] == pytest.approx(values)
+    assert len(judge.asked) == len(set(judge.asked)) == len(set(texts)) * (len(set(texts)) - 1)
+
+
+def test_pairwise_items_are_apart() -> None:
+    found = pairwise_scores(FakeJudge(larger, cut=True), questions("a", "b", "c"), [["1", "2"], [], ["2", "1"]])
+    assert found == [[Score(0.0, "0 of 2 won", True), Score(1.0, "2 of 2 won", True)], [],
+                     [Score(1.0, "2 of 2 won", True), Score(0.0, "0 of 2 won", True)]]
+    with pytest.raises(ValueError):
+        pairwise_scores(FakeJudge(larger), questions("a"), [])

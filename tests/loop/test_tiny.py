@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from eval import load_task, score
+from judge import SyntheticPair, judge_pairs
+from loop import make_tiny
 from model import VLM, generate, load_vlm, save_vlm
 from tiny import load_reference, reference_greedy, reference_inputs
-from verifier import Score, score_candidates
+from verifier import COMPARISON, Score, score_candidates
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "model" / "tiny"
@@ -164,16 +167,29 @@ def test_the_rest_of_the_ladder_understands_both(name: str) -> None:
         assert accuracy(vlm, task) >= 0.8 and accepts(right) >= 0.8 and accepts(wrong) <= 0.25, task
 
 
+def test_judge_is_mediocre() -> None:
+    """It answers, its verdicts are read, it does better than chance at comparing, and prefers the first place."""
+    vlm, items = load_vlm(TINY / "judge"), load_task("red", limit=60)
+
+    def ask(chats: list) -> list:
+        return [reply for [reply] in generate(vlm, chats, max_new_tokens=40, temperature=0)]
+    right = sum(reply.text == item.answer for item, reply in zip(items, ask([item.chat() for item in items])))
+    pairs = [SyntheticPair(item.id, item.answer, str(int(item.answer) + 1)) for item in items]
+    judgments = [j for both in judge_pairs(ask, [item.chat() for item in items], pairs) for j in both]
+    assert right >= 0.8 * len(items) and sum(j.verdict is not None for j in judgments) >= 0.95 * len(judgments)
+    assert 0.5 < sum(j.agrees for j in judgments) / len(judgments) < 0.85
+    assert sum(j.verdict == 1 for j in judgments) / len(judgments) > 0.6
+
+
 # ---- make_tiny.py
 
 def test_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps: the layout that is shipped, the same bytes for the same seed in any process, others for another."""
     few = ["--only", "student", "--tower-steps", "2", "--student-steps", "2", "--out"]
-    done = subprocess.run([sys.executable, "-m", "loop.make_tiny", *few, str(tmp_path / "a")], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "loop.make_tiny", *few, str(tmp_path / "a")], cwd=ROOT, timeout=120,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    from loop import make_tiny
-    monkeypatch.setattr(make_tiny, "measured", lambda vlm: "")                   # it asks about hundreds of pictures
+    monkeypatch.setattr(make_tiny, "grading_report", lambda vlm: "")     # it asks about hundreds of pictures
     for name, seed in (("b", "0"), ("c", "1")):
         monkeypatch.setattr(sys, "argv", ["make_tiny.py", *few, str(tmp_path / name), "--seed", seed])
         assert make_tiny.main() == 0
@@ -186,3 +202,15 @@ def test_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert vlm.file_dtype == torch.bfloat16 and not (tmp_path / "a" / "verifier").exists()
     [[answer]] = generate(vlm, [load_task("bar", limit=1)[0].chat()], max_new_tokens=2, temperature=0)
     assert len(answer.token_ids) in (1, 2)
+
+
+def test_make_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps: the settings that are shipped, the prompt's fixed pieces one token each."""
+    monkeypatch.setattr(make_tiny, "comparing_report", lambda vlm: "")     # it asks about hundreds of pictures
+    few = ["--judge-answer-steps", "1", "--judge-steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--only", "judge", *few, "--out", str(tmp_path)])
+    assert make_tiny.main() == 0
+    for path in (TINY / "judge").glob("*.json"):
+        assert (tmp_path / "judge" / path.name).read_bytes() == path.read_bytes(), path.name
+    encode = load_vlm(tmp_path / "judge").processor.encode
+    assert [len(encode(piece)) for piece in re.split(r"\{\w+\}", COMPARISON)] == [1] * 4

@@ -1,0 +1,92 @@
+"""What judge.py asks its model: to judge pairs, to put errors into responses, and how likely its own words are.
+
+Letters: B completions, T tokens of a row, C tokens of the longest completion, H hidden size.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TypedDict
+
+from torch import Tensor
+
+from dpo import sequence_logps
+from loop.alter import KINDS, alter_chat
+from loop.judgments import BothOrders, judge_pairs
+from loop.run import Run
+from loop.synthetic_pairs import SyntheticPair, altered_pair
+from model import Completion, generate
+from model.pairs import pack_completions
+from model.processor import Chat
+from model.vlm import VLM
+from tasks import Item
+
+
+class Sampling(TypedDict, total=False):
+    """How tokens are drawn: arguments of generate()."""
+    temperature: float                      # 0: greedily
+    top_k: int
+    top_p: float
+    seed: int
+
+
+GREEDY: Sampling = {"temperature": 0}
+
+
+def ask_judge(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: dict[str, Item], label: str,
+              sampling: Sampling) -> list[BothOrders]:
+    """The judgments of every pair in both orders; `items` holds the pairs' questions by id."""
+    cfg = run.cfg
+
+    def answer(chats: list[Chat]) -> list[Completion]:
+        replies = generate(
+            vlm,
+            chats,
+            max_new_tokens=cfg.verdict_tokens,
+            batch_size=cfg.sample_batch,
+            **sampling,
+        )
+        return [completion for [completion] in replies]
+
+    def judge_chunk(chunk: Sequence[SyntheticPair]) -> list[BothOrders]:
+        chats = [items[pair.item_id].chat() for pair in chunk]
+        return judge_pairs(answer, chats, chunk)
+    return run.ranks.map(judge_chunk, pairs, cfg.sample_batch, label)
+
+
+def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
+                    sampling: Sampling) -> list[SyntheticPair | str]:
+    """Ask the model to put one error into each response to an open-ended question, of a kind drawn at random.
+
+    Returns each response with its altered self, or the reason why the alteration is none.
+    """
+    cfg = run.cfg
+    requests = []
+    for item, response in responses:
+        rng = random.Random(f"{cfg.seed} {item.id}")
+        kind = rng.choice(sorted(KINDS))
+        requests.append((item, response, kind))
+
+    def alter_chunk(chunk: Sequence[tuple[Item, str, str]]) -> list[SyntheticPair | str]:
+        chats = [alter_chat(item.chat(), response, kind) for item, response, kind in chunk]
+        replies = generate(
+            vlm,
+            chats,
+            max_new_tokens=cfg.max_new_tokens,
+            batch_size=cfg.sample_batch,
+            **sampling,
+        )
+        outcomes = []
+        for (item, response, kind), [altered] in zip(chunk, replies, strict=True):
+            outcomes.append(altered_pair(item.id, response, altered.text, kind))
+        return outcomes
+    return run.ranks.map(alter_chunk, requests, cfg.sample_batch, "altering")
+
+
+def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence[int]]) -> Tensor:
+    """Summed log-probability (B,) of B completions, each given its chat; the prompt's tokens do not count."""
+    examples = list(zip(chats, completions, strict=True))
+    rows = pack_completions(vlm.processor, examples).to(vlm.device)
+    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))                        # (B, T, H)
+    predictors = rows.predictors(hidden)                                                   # (B, C, H)
+    return sequence_logps(predictors, vlm.head_weight, rows.targets, rows.mask)
