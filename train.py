@@ -36,12 +36,12 @@ from eval import score as exact_match
 from gate import decide_before, gate_after, gather_records, measure
 from loop import demo
 from loop.asking import greedy_answers, greedy_completions, verdicts
-from loop.diagnosis import diagnose
 from loop.flags import TrainingFlags
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round
 from loop.run import Run
+from loop.side_by_side import compare_answers
 from loop.state import State, restore, save
 from loop.survey import draw_items, right_way
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
@@ -395,8 +395,12 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
         min_low=run.cfg.min_low,
     )
     seen = greedy_answers(run, deployed, reviewed, "trained student, trained on")
-    explanation = diagnose(run, verifier, (held_out, (state.frozen, trained)),
-                           (reviewed, (state.trained_on, seen)), run.cfg.verdict)
+    explanation = compare_answers(
+        run, verifier,
+        held_out=(held_out, (state.frozen, trained)),
+        trained_on=(reviewed, (state.trained_on, seen)),
+        verdict=run.cfg.verdict,
+    )
     run.deploy_or_discard(candidate, keep=decision.verdict == "PROMOTE")
 
     reasons = decision.reasons

@@ -1,4 +1,4 @@
-"""Why held-out accuracy changed: the frozen and the trained student's answers side by side, on held-out items and on
+"""What training changed: the frozen and the trained student's answers side by side, on held-out items and on
 items that were trained on."""
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Row = dict[str, Any]                                    # an eval.Answer's field
 Sides = tuple[list[Answer], list[Answer]]               # the frozen student's answers and the trained one's, by item
 
 
-def diagnose(run: Run, verifier: VLM, held_out: tuple[Sequence[Item], Sides],
-             trained_on: tuple[Sequence[Item], Sides], verdict: str) -> dict[str, Any]:
-    """gate.explain_change of the answers on both sets of items, each given as (items, both students' answers).
+def compare_answers(run: Run, verifier: VLM, held_out: tuple[Sequence[Item], Sides],
+                    trained_on: tuple[Sequence[Item], Sides], verdict: str) -> dict[str, Any]:
+    """What explain_change says of the answers to two sets of items, each given as (items, both students' answers).
 
     The verifier (asked in the way `verdict`) scores the answers to items that were trained on: where its score rose and
     accuracy did not, training did what the verifier wanted. Writes held_out.jsonl and trained_on.jsonl.
