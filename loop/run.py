@@ -20,9 +20,10 @@ import torch
 
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks, first_line
-from model.checkpoint import read_settings, whole_folder, write_json, write_text
+from model.checkpoint import read_settings, whole_folder
 from model.sampler import Completion, generate
 from model.vlm import VLM
+from tasks.jsonl import write_whole
 
 NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
 SHOWN = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}", "rewards/accuracies": "right way {:.2f}",
@@ -96,7 +97,7 @@ class Run:
         if self.ranks.first:
             path = self.folder / name
             path.parent.mkdir(exist_ok=True)
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write checkpoints/NAME aside, sync and rename it; then drop all but the newest `cfg.keep`, by name.
@@ -149,7 +150,12 @@ class Run:
                         kept.append(line.decode())
                 except (ValueError, TypeError, KeyError):
                     raise ValueError(f"{path}, line {number} holds no step: {line!r:.80}") from None
-            write_text(path, "".join(kept))
+            write_whole(path, "".join(kept))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all; NaN is a ValueError."""
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_state(path: Path) -> dict[str, Any]:
