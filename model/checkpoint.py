@@ -303,7 +303,8 @@ def _check_tensor(tensor: Tensor, shape: torch.Size, what: str) -> None:
 def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put `tensor` where the parameter `name`, "model.layers.0.norm.weight", stands on the meta device."""
     module_name, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module_name), attribute, nn.Parameter(tensor, requires_grad=True))
+    module = model.get_submodule(module_name)
+    setattr(module, attribute, nn.Parameter(tensor, requires_grad=True))
 
 
 # ---- weights out

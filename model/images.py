@@ -91,12 +91,7 @@ class QwenImages:
         self.patch = c["patch_size"]
         self.merge = c["merge_size"]
         self.frames = c["temporal_patch_size"]          # frames of a video that one patch spans
-        # Three spellings of the limits are published: two fields, or one of two pairs of fields inside `size`.
-        size = c.get("size") or {}
-        self.min_pixels = c.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
-        self.max_pixels = c.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
-        if not self.min_pixels or not self.max_pixels:
-            raise ValueError(f"{c.source} gives no pixel limits (size or min_pixels/max_pixels)")
+        self.min_pixels, self.max_pixels = pixel_limits(c)
         self.normalize = Normalizer(c)
         self.resample = Image.Resampling(c.get("resample", Image.Resampling.BICUBIC))
 
@@ -105,7 +100,13 @@ class QwenImages:
         image = to_rgb(image)
         p = self.patch
         m = self.merge
-        height, width = smart_resize(image.height, image.width, p * m, self.min_pixels, self.max_pixels)
+        height, width = smart_resize(
+            image.height,
+            image.width,
+            factor=p * m,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
         if image.size != (width, height):
             image = image.resize((width, height), self.resample)
         levels = np.asarray(image)                                                        # (H, W, C) uint8
@@ -122,9 +123,19 @@ class QwenImages:
         return Picture(
             pixels=torch.from_numpy(x),
             grid=(1, h, w),
-            tokens=h * w // m ** 2,
+            tokens=h * w // m ** 2,                     # a token a block
             key=picture_key(levels, self.normalize, p, m, self.frames),
         )
+
+
+def pixel_limits(c: Settings) -> tuple[int, int]:
+    """(min_pixels, max_pixels), which are published in three spellings: at the top, or as either of two in `size`."""
+    size = c.get("size") or {}
+    min_pixels = c.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+    max_pixels = c.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+    if not min_pixels or not max_pixels:
+        raise ValueError(f"{c.source} gives no pixel limits (size or min_pixels/max_pixels)")
+    return min_pixels, max_pixels
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

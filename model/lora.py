@@ -64,7 +64,11 @@ def add_adapters(layers: Iterable[nn.Module], rank: int, seed: int = 0) -> None:
 
 def adapters(vlm: VLM) -> dict[str, Adapted]:
     """The adapted layers by name; empty for a model without any."""
-    return {name: module for name, module in vlm.named_modules() if isinstance(module, Adapted)}
+    layers = {}
+    for name, module in vlm.named_modules():
+        if isinstance(module, Adapted):
+            layers[name] = module
+    return layers
 
 
 @contextmanager

@@ -75,7 +75,11 @@ class CrossInputs:
 
     def of_rows(self, rows: Tensor) -> CrossInputs:
         """Those of some rows, with keys and values cached; rows: (B',)."""
-        return CrossInputs(self.mask[rows], self.attends[rows], self.mlp_acts[rows])
+        return CrossInputs(
+            mask=self.mask[rows],
+            attends=self.attends[rows],
+            mlp_acts=self.mlp_acts[rows],
+        )
 
 
 class CrossCache:
@@ -119,7 +123,8 @@ class CrossAttention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads hd) -> (B, heads, T, hd)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        x = x.unflatten(-1, (-1, self.head_dim))                                # (B, T, heads, hd)
+        return x.transpose(1, 2)
 
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, H) -> (B, nk, S, hd) twice."""
@@ -205,10 +210,10 @@ class Decoder(nn.Module):
         return DecoderLayer(attention, hidden, intermediate, eps)
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """(hd / 2,): the rotary frequencies, stretched as in Llama 3.1.
+        """(hd / 2,): the rotary frequencies, slowed down as in Llama 3.1 for contexts longer than the original one.
 
-        Low frequencies, whose waves are longer than the original context, are divided by `factor`; high ones are kept;
-        those between are mixed.
+        A frequency that turns less than low_freq_factor times within the original context is divided by `factor`, one
+        that turns more than high_freq_factor times is kept, and one between is a mixture of the two.
         """
         frequencies = rope_frequencies(self.head_dim, self.theta, device)
         kind = renamed_field(self.scaling, "rope_type", "type")
@@ -218,15 +223,17 @@ class Decoder(nn.Module):
             raise ValueError(f"rope_type {kind!r} is not one of 'llama3', 'default'")
         low = self.scaling["low_freq_factor"]
         high = self.scaling["high_freq_factor"]
-        turns = self.scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)    # in the old context
-        kept_share = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - kept_share) * frequencies / self.scaling["factor"] + kept_share * frequencies
+        original_context = self.scaling["original_max_position_embeddings"]
+        turns = original_context * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)                       # the share of the frequency as it was
+        return (1 - kept) * frequencies / self.scaling["factor"] + kept * frequencies
 
-    def forward(self, tokens: Tensor, positions: Tensor, tree: Tree | None,
-                inputs: CrossInputs | None, cache: list[LayerCache | CrossCache] | None, dtype: torch.dtype) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, tree: Tree | None, inputs: CrossInputs | None,
+                cache: list[LayerCache | CrossCache] | None, dtype: torch.dtype) -> Tensor:
         """tokens, positions: (B, T) -> (B, T, H) in `dtype`."""
-        x = self.embed_tokens(tokens).to(dtype)                                           # (B, T, H)
-        angles = positions[:, None, :, None].float() * self.frequencies(x.device)         # (B, 1, T, hd / 2)
+        x = self.embed_tokens(tokens).to(dtype)                                 # (B, T, H)
+        positions = positions[:, None, :, None].float()                         # (B, 1, T, 1)
+        angles = positions * self.frequencies(x.device)                         # (B, 1, T, hd / 2)
         rope = angles.cos().to(dtype), angles.sin().to(dtype)
         for i, layer in enumerate(self.layers):
             layer_cache = cache[i] if cache else None
@@ -360,7 +367,9 @@ class Mllama(VLM):
 
     def step(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache | CrossCache]) -> Tensor:
         """One more token a row: tokens (R,), positions (R,) -> hidden states (R, H)."""
-        hidden = self.decoder(tokens[:, None], positions[:, None], None, None, cache, self.dtype)         # (R, 1, H)
+        tokens = tokens[:, None]                        # (R, 1)
+        positions = positions[:, None]                  # (R, 1)
+        hidden = self.decoder(tokens, positions, None, None, cache, self.dtype)           # (R, 1, H)
         return hidden[:, 0]
 
     def new_cache(self, prompts: Prompts, n: int) -> list[LayerCache | CrossCache]:

@@ -53,13 +53,16 @@ class VisionLayer(Block):
 
     def forward(self, x: Tensor, used: int) -> Tensor:
         """x: (N, S, Dv), its first `used` tokens in use -> (N, S, Dv)."""
-        y = self.attention(self.input_layernorm(x), used)
+        y = self.input_layernorm(x)
+        y = self.attention(y, used)
         if self.gated:
             y = gate(self.gate_attn, y)
         x = x + y
 
-        y = self.mlp["fc1"](self.post_attention_layernorm(x))               # (N, S, intermediate size)
-        y = self.mlp["fc2"](F.gelu(y))
+        y = self.post_attention_layernorm(x)
+        y = self.mlp["fc1"](y)                                              # (N, S, intermediate size)
+        y = F.gelu(y)
+        y = self.mlp["fc2"](y)                                              # (N, S, Dv)
         if self.gated:
             y = gate(self.gate_ffn, y)
         return x + y
@@ -69,20 +72,29 @@ class VisionLayer(Block):
         q = self.split_heads(self.self_attn["q_proj"](x))                   # (N, nh, S, hd)
         k = self.split_heads(self.self_attn["k_proj"](x))
         v = self.split_heads(self.self_attn["v_proj"](x))
-        of_used = attend(q[:, :, :used], k, v)                              # (N, nh, U, hd)
-        of_unused = attend(q[:, :, used:], k[:, :, :used], v[:, :, :used])
+
+        q_used = q[:, :, :used]                                             # (N, nh, U, hd)
+        k_used = k[:, :, :used]
+        v_used = v[:, :, :used]
+        q_unused = q[:, :, used:]                                           # (N, nh, S - U, hd)
+        of_used = attend(q_used, k, v)                                      # (N, nh, U, hd)
+        of_unused = attend(q_unused, k_used, v_used)                        # (N, nh, S - U, hd)
+
         y = torch.cat((of_used, of_unused), 2)                              # (N, nh, S, hd)
-        y = y.transpose(1, 2).flatten(2)                                    # (N, S, Dv)
+        y = y.transpose(1, 2)                                               # (N, S, nh, hd)
+        y = y.flatten(2)                                                    # (N, S, Dv)
         return self.self_attn["o_proj"](y)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(N, S, Dv) -> (N, nh, S, hd)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        x = x.unflatten(-1, (self.heads, -1))                               # (N, S, nh, hd)
+        return x.transpose(1, 2)
 
 
 def gate(weight: Tensor, y: Tensor) -> Tensor:
     """tanh(weight) * y in the dtype of y."""
-    return weight.to(y.dtype).tanh() * y
+    weight = weight.to(y.dtype)
+    return weight.tanh() * y
 
 
 class TileEmbedding(nn.Module):
@@ -96,9 +108,9 @@ class TileEmbedding(nn.Module):
     def forward(self, x: Tensor, ratio: int) -> Tensor:
         """x: (N, K, tokens, Dv); ratio: the aspect ratio id -> the shape of x."""
         K = x.shape[1]
-        table = self.embedding.weight[ratio].to(x.dtype)                    # (K Dv,)
-        table = table.view(K, 1, -1)                                        # (K, 1, Dv)
-        return x + gate(self.gate, table)
+        vectors = self.embedding.weight[ratio].to(x.dtype)                  # (K Dv,)
+        vectors = vectors.view(K, 1, -1)                                    # (K, 1, Dv)
+        return x + gate(self.gate, vectors)
 
 
 class PositionEmbedding(nn.Module):
@@ -130,13 +142,21 @@ class VisionTower(nn.Module):
         self.patch = c["patch_size"]
         self.arrangements = [tuple(arrangement) for arrangement in c["supported_aspect_ratios"]]
         self.depths = list(c["intermediate_layers_indices"])
-        self.tokens = (c["image_size"] // self.patch) ** 2 + 1              # L
+        patches_a_side = c["image_size"] // self.patch
+        self.tokens = patches_a_side ** 2 + 1                               # L
         self.padding = -self.tokens % ROUND_UP                              # L8 - L
-        if c["hidden_act"] != "gelu" or c["vision_output_dim"] != width * (1 + len(self.depths)):
+        output_width = width * (1 + len(self.depths))
+        if c["hidden_act"] != "gelu" or c["vision_output_dim"] != output_width:
             raise ValueError(f"vision_config: hidden_act {c['hidden_act']!r} is not 'gelu', or vision_output_dim "
                              f"{c['vision_output_dim']} is not (1 + {len(self.depths)}) * {width}")
 
-        self.patch_embedding = nn.Conv2d(c["num_channels"], width, self.patch, self.patch, bias=False)
+        self.patch_embedding = nn.Conv2d(
+            c["num_channels"],
+            width,
+            kernel_size=self.patch,
+            stride=self.patch,
+            bias=False,
+        )
         self.class_embedding = nn.Parameter(torch.zeros(width))
         count = len(self.arrangements)
         self.gated_positional_embedding = PositionEmbedding(count, tiles, self.tokens, width)
@@ -158,7 +178,8 @@ class VisionTower(nn.Module):
         back = order.argsort()                                              # (S,) the inverse permutation
 
         x = self.embed(pixels.to(dtype), ratio)                             # (N, K, L8, Dv)
-        x = x.flatten(1, 2)[:, order]                                       # (N, S, Dv), tokens in use first
+        x = x.flatten(1, 2)                                                 # (N, S, Dv)
+        x = x[:, order]                                                     # tokens in use first
         states = []
         for i, layer in enumerate(self.transformer["layers"]):
             if i in self.depths:
@@ -184,11 +205,14 @@ class VisionTower(nn.Module):
         """
         N, K = pixels.shape[:2]
         kernel = self.patch_embedding.weight.to(pixels.dtype)
-        x = F.conv2d(pixels.flatten(0, 1), kernel, stride=self.patch)       # (N K, Dv, side / patch, side / patch)
+        x = pixels.flatten(0, 1)                                            # (N K, C, side, side)
+        x = F.conv2d(x, kernel, stride=self.patch)                          # (N K, Dv, side / patch, side / patch)
         x = x.flatten(2).mT                                                 # (N K, L - 1, Dv)
         x = x.unflatten(0, (N, K))                                          # (N, K, L - 1, Dv)
+
         x = self.pre_tile_positional_embedding(x, ratio)
-        class_token = self.class_embedding.to(x.dtype).expand(N, K, 1, -1)
+        class_token = self.class_embedding.to(x.dtype)                      # (Dv,)
+        class_token = class_token.expand(N, K, 1, -1)                       # (N, K, 1, Dv)
         x = torch.cat((class_token, x), 2)                                  # (N, K, L, Dv)
         x = self.gated_positional_embedding(x, ratio)
         x = self.layernorm_pre(x)
@@ -198,6 +222,8 @@ class VisionTower(nn.Module):
         """(S,) the tokens with those in use first, and how many these are, U."""
         token = torch.arange(self.tokens + self.padding, device=device)
         tile = torch.arange(tiles, device=device)
-        unused = (tile >= used_tiles)[:, None] | (token >= self.tokens)     # (K, L8)
+        tile_unused = tile >= used_tiles                                    # (K,)
+        token_unused = token >= self.tokens                                 # (L8,)
+        unused = tile_unused[:, None] | token_unused                        # (K, L8)
         order = unused.flatten().long().argsort(stable=True)                # (S,), in use (0) before unused (1)
         return order, used_tiles * self.tokens

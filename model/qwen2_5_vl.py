@@ -75,7 +75,8 @@ class PatchMerger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, Dv) -> (M, H)."""
-        x = self.ln_q(x).view(-1, self.wide)                                # (M, 4 Dv)
+        x = self.ln_q(x)                                                    # (N, Dv)
+        x = x.view(-1, self.wide)                                           # (M, 4 Dv)
         return self.mlp(x)                                                  # (M, H)
 
 
@@ -95,7 +96,12 @@ class VisionTower(nn.Module):
         self.full = frozenset(c["fullatt_block_indexes"])
         channels = renamed_field(c, "in_channels", "in_chans")
         self.patch_embed = PatchEmbed(
-            channels, c["temporal_patch_size"], c["patch_size"], c["hidden_size"], bias=False)
+            channels,
+            c["temporal_patch_size"],
+            c["patch_size"],
+            c["hidden_size"],
+            bias=False,
+        )
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c["depth"]))
         self.merger = PatchMerger(c)
 
@@ -185,7 +191,12 @@ class Decoder(MRopeDecoder):
         """A decoder layer; q, k and v have biases and no norm."""
         hidden = c["hidden_size"]
         attention = SelfAttention(
-            hidden, c["num_attention_heads"], c["num_key_value_heads"], head_dim, bias=True)
+            hidden,
+            c["num_attention_heads"],
+            c["num_key_value_heads"],
+            head_dim,
+            bias=True,
+        )
         return DecoderLayer(attention, hidden, c["intermediate_size"], c["rms_norm_eps"])
 
     def axes(self, j: Tensor) -> Tensor:

@@ -101,11 +101,17 @@ class VisionTower(nn.Module):
         self.side = round(c["num_position_embeddings"] ** 0.5)              # the learned table is side x side
         self.taps = list(c["deepstack_visual_indexes"])                     # layers after which DeepStack taps
         self.patch_embed = PatchEmbed(
-            c["in_channels"], c["temporal_patch_size"], c["patch_size"], c["hidden_size"], bias=True)
+            c["in_channels"],
+            c["temporal_patch_size"],
+            c["patch_size"],
+            c["hidden_size"],
+            bias=True,
+        )
         self.pos_embed = nn.Embedding(c["num_position_embeddings"], c["hidden_size"])
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c["depth"]))
         self.merger = PatchMerger(c, norm_after_concat=False)
-        self.deepstack_merger_list = nn.ModuleList(PatchMerger(c, norm_after_concat=True) for _ in self.taps)
+        deepstack_mergers = [PatchMerger(c, norm_after_concat=True) for _ in self.taps]
+        self.deepstack_merger_list = nn.ModuleList(deepstack_mergers)
 
     def forward(self, pixels: Tensor, grids: list[Grid], dtype: torch.dtype) -> Tensor:
         """pixels: (N, channels * frames * p * p); grids: (t, h, w) in patches -> (1 + D, M, H) in `dtype`.
@@ -122,7 +128,8 @@ class VisionTower(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, rope, lengths)                                     # (N, Dv)
             if i in self.taps:
-                merger = self.deepstack_merger_list[self.taps.index(i)]
+                tap = self.taps.index(i)
+                merger = self.deepstack_merger_list[tap]
                 deepstack.append(merger(x))                                 # (M, H)
         return torch.stack([self.merger(x), *deepstack])                    # (1 + D, M, H)
 
@@ -138,8 +145,9 @@ class VisionTower(nn.Module):
         x = 0.0
         for row, row_weight in row_corners:
             for col, col_weight in col_corners:
+                entry = table[row * self.side + col]                        # (N, Dv)
                 weight = row_weight * col_weight                            # (N,)
-                x = x + table[row * self.side + col] * weight[:, None]      # (N, Dv)
+                x = x + entry * weight[:, None]
         return x
 
     def corners(self, index: Tensor, sizes: list[int], grids: list[Grid]) -> list[tuple[Tensor, Tensor]]:
@@ -147,14 +155,17 @@ class VisionTower(nn.Module):
 
         index: (N,) the patches' rows or columns; `sizes`: h or w of each picture -> two pairs of (N,).
         """
-        # Corners aligned: the picture's first patch lies on the table's first entry, its last on the last.
-        scales = [(self.side - 1) / max(size - 1, 1) for size in sizes]
-        counts = torch.tensor([t * h * w for t, h, w in grids], device=index.device)
-        scale = torch.tensor(scales, device=index.device).repeat_interleave(counts)                # (N,)
-        place = index * scale
-        low = place.floor().long().clamp(max=self.side - 1)
-        high = (low + 1).clamp(max=self.side - 1)
-        share = place - low
+        # Corners aligned: the picture's first patch lies on the table's first entry, its last patch on the last entry.
+        last = self.side - 1
+        scales = [last / max(size - 1, 1) for size in sizes]
+        patches = [t * h * w for t, h, w in grids]
+        scale = torch.tensor(scales, device=index.device)                                 # one a picture
+        scale = scale.repeat_interleave(torch.tensor(patches, device=index.device))       # (N,)
+
+        place = index * scale                                               # where the patch lies, in entries
+        low = place.floor().long().clamp(max=last)
+        high = (low + 1).clamp(max=last)
+        share = place - low                                                 # of the higher entry
         return [(low, 1 - share), (high, share)]
 
 
@@ -175,7 +186,12 @@ class Decoder(MRopeDecoder):
         hidden = c["hidden_size"]
         eps = c["rms_norm_eps"]
         attention = SelfAttention(
-            hidden, c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], qk_norm_eps=eps)
+            hidden,
+            c["num_attention_heads"],
+            c["num_key_value_heads"],
+            c["head_dim"],
+            qk_norm_eps=eps,
+        )
         return DecoderLayer(attention, hidden, c["intermediate_size"], eps)
 
     def axes(self, j: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
 """What every model family is, seen from outside: hidden states, logits, image features that are computed once.
 
 A family (qwen3_vl.py, ...) supplies `tower`, `decoder`, `encode_images`, `hidden`, `step` and `make_processor`; QwenVL
-holds what Qwen's generations share of these.
+holds what Qwen's generations share of these. A prompt goes this way:
+
+    features = vlm.image_features(batch)        the tower, once for each picture
+    hidden = vlm.hidden(batch, features)        the decoder: (B, T, H)
+    logits = vlm.logits(hidden)                 the head: (B, T, V)
+
 Letters: B rows, T tokens, H hidden size, V vocabulary, N patches and M image tokens of all pictures, G rows of prompts
-with up to m prompts each, n samples a prompt, R = G m n rows while sampling.
+with up to m prompts each, n samples a prompt, R = G m n rows while sampling, D as in qwen3_vl.py.
 """
 from __future__ import annotations
 
@@ -72,7 +77,7 @@ class VLM(nn.Module):
         frozen = not any(parameter.requires_grad for parameter in self.tower.parameters())
         if self.feature_cache is not None and frozen:
             cache = self.feature_cache
-        else:                                           # features of a tower in training are of use for one step only
+        else:                                           # keep nothing: a tower in training gives others at every step
             cache = FeatureCache(max_bytes=0)
 
         features = {picture.key: cache.get(picture.key) for picture in batch.pictures}
@@ -136,8 +141,9 @@ class QwenVL(VLM):
         """What the tower makes of each picture: (its tokens, H), or (1 + D, its tokens, H) with DeepStack."""
         pixels = torch.cat([picture.pixels for picture in pictures])                      # (N, patch width)
         grids = [picture.grid for picture in pictures]
+        tokens = [picture.tokens for picture in pictures]
         features = self.tower(pixels.to(self.device), grids, self.dtype)                  # (..., M, H)
-        return list(features.split([picture.tokens for picture in pictures], -2))
+        return list(features.split(tokens, -2))
 
     def embed(self, batch: Batch, features: list[Tensor], image_tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token embeddings, the image tokens in place of their placeholders.

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model import VLM, load_vlm  # noqa: E402
+from model import VLM  # noqa: E402
 from model.processor import Batch, Chat  # noqa: E402
-from tiny import chat, load_reference, picture, reference_inputs  # noqa: E402
+from tiny import chat, load_like_transformers, load_reference, picture, reference_inputs  # noqa: E402
 
 LAYER = re.compile(r"\.((blocks|layers|deepstack_merger_list)\.\d+|embed_tokens|merger|multi_modal_projector"
                    r"|patch_embed|language_model\.norm)$|^logits$")
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("transformers is needed to compare with: pip install transformers")
     dtype = getattr(torch, options.dtype)
     try:
-        vlm = load_vlm(options.folder, dtype=dtype, mllama_follow="transformers")
+        vlm = load_like_transformers(options.folder, dtype)
         shown = Image.open(options.image) if options.image else picture(250, 170)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -192,6 +192,16 @@ def example_chats() -> list[list[dict]]:
             chat(picture(70, 24, 3), picture(24, 24, 4), "which of the two, and why?")]
 
 
+def load_like_transformers(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
+    """Our model of the folder; Mllama treats the tokens before the first picture as transformers does."""
+    from model import load_vlm
+    from model.mllama import Mllama
+    vlm = load_vlm(folder, dtype=dtype)
+    if isinstance(vlm, Mllama):
+        vlm.follow = "transformers"
+    return vlm
+
+
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     """transformers' model of the folder; Mllama's features set to layer inputs, with which the weights were trained."""
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -229,10 +239,10 @@ def reference_inputs(vlm: Any, batch: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def reference_greedy(vlm: Any, reference: Any, messages: list[dict], tokens: int, **options: Any) -> list[int]:
+def reference_greedy(vlm: Any, reference: Any, messages: list[dict], tokens: int) -> list[int]:
     """transformers' greedy continuation of one chat, without ids that ours never samples."""
     from model.sampler import banned_tokens
     inputs = reference_inputs(vlm, vlm.processor([messages]))
     banned = [[i] for i in banned_tokens(vlm).tolist()]
-    out = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned, **options)
+    out = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned)
     return out[0, inputs["input_ids"].shape[1]:].tolist()

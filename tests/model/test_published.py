@@ -12,11 +12,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from golden.make import PREPROCESSING
-from model import FAMILIES, load_vlm
+from model import FAMILIES
 from model.checkpoint import read_settings
 from model.vlm import VLM
 from published import CONFIGS, PARAMETERS, TENSORS
-from tiny import LLAMA_SPECIAL, SPECIAL, byte_tokenizer, chat, load_reference, picture, reference_inputs
+from tiny import (
+    LLAMA_SPECIAL,
+    SPECIAL,
+    byte_tokenizer,
+    chat,
+    load_like_transformers,
+    load_reference,
+    picture,
+    reference_inputs,
+)
 
 FP32_TOLERANCE, BF16_RATIO = 1e-4, 1.5
 
@@ -76,7 +85,7 @@ def write_one_layer(folder: Path, config: dict) -> Path:
 @torch.no_grad()
 def outputs(folder: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Our logits and transformers' for one chat, in fp32 whatever was computed in; never two models at once."""
-    vlm = load_vlm(folder, dtype=dtype, mllama_follow="transformers")
+    vlm = load_like_transformers(folder, dtype)
     batch = vlm.processor([chat("see", picture(250, 170), "what?")])
     ours, inputs = vlm(batch).float(), reference_inputs(vlm, batch)
     del vlm
