@@ -15,7 +15,7 @@ The structure and the names of modules are those of the published checkpoints, f
 
 Letters: B chats, T tokens of a chat, I pictures of the chat with the most, K tiles of a picture, L tokens of a tile, S
 picture tokens of the chat with the most; H hidden size, nh query heads, nk key-value heads, hd head width; while
-sampling, B rows of prompts, n samples of each, R = B n samples.
+sampling, B rows of prompts, n samples of each, R = B n samples; N, C, D, Dv as in mllama_vision.py.
 """
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ class Decoder(nn.Module):
 
 
 class Mllama(VLM):
-    """The whole model. In memory the names are those of newer files; published ones put `model` further in."""
+    """The whole model. Parameters have the names of newer files, in which all but the head stand under `model`."""
 
     RENAME = (
         (r"^language_model\.model\.", "model.language_model."),
@@ -281,7 +281,6 @@ class Mllama(VLM):
 
     @property
     def tower(self) -> nn.ModuleDict:
-        """All that image features depend on."""
         return nn.ModuleDict({
             "vision_model": self.model["vision_model"],
             "multi_modal_projector": self.model["multi_modal_projector"],
@@ -297,13 +296,16 @@ class Mllama(VLM):
         `pictures` are sorted by arrangement; those of one arrangement go through the tower together.
         """
         features: list[Tensor] = []
+        tower = self.model["vision_model"]
+        projector = self.model["multi_modal_projector"]
+        features: list[Tensor] = []
         for (_, rows, columns), group in groupby(pictures, key=lambda picture: picture.grid):
             pixels = torch.stack([picture.pixels for picture in group])                   # (N, K, C, side, side)
             for part in pixels.split(PICTURES_AT_ONCE):
-                x = self.model["vision_model"](part.to(self.device), (rows, columns), self.dtype)
-                if not self.follows_transformers:                                         # x: (N, K, L, (1 + D) Dv)
-                    x = x[:, :rows * columns]
-                x = self.model["multi_modal_projector"](x.flatten(1, 2))                  # (N, tiles L, H)
+                x = tower(part.to(self.device), (rows, columns), self.dtype)              # (N, K, L, (1 + D) Dv)
+                if not self.follows_transformers:
+                    x = x[:, :rows * columns]                                             # (N, tiles, L, (1 + D) Dv)
+                x = projector(x.flatten(1, 2))                                            # (N, tiles L, H)
                 features += x.unbind()
         return features
 

@@ -4,8 +4,8 @@
 
 A chat becomes parts first (`layout`): control ids, texts and pictures in the order of the prompt. Control tokens are
 inserted by number; everything between two of them is encoded as one string in which special tokens are plain text, so
-that a question that spells "<|im_end|>" cannot end its turn. A picture becomes as many placeholders as the model will
-put features in their places.
+that a question that spells "<|im_end|>" cannot end its turn. A picture becomes one placeholder for each feature vector
+that the model will put there (Mllama: one in all).
 
 Letters: T tokens of a chat, I pictures of it.
 """
@@ -123,6 +123,7 @@ class QwenProcessor(Processor):
     """
 
     DEFAULT_SYSTEM: str | None = None
+    images: QwenImages
 
     def __init__(self, folder: Path, config: Settings):
         super().__init__(folder)

@@ -155,7 +155,11 @@ class VisionTower(nn.Module):
         """The number of each cell's window, and how many cells that window has: (M,) each.
 
         Cells are ordered picture after picture, frame after frame, in raster order; windows are numbered in the same
-        order.
+        order. A frame of 3 x 5 cells, in windows of 2 x 2:
+
+            numbers  0 0 1 1 2      sizes  4 4 4 4 2
+                     0 0 1 1 2             4 4 4 4 2
+                     3 3 4 4 5             2 2 2 2 1
         """
         numbers = []
         sizes = []
@@ -211,7 +215,8 @@ class Decoder(MRopeDecoder):
 
 
 class Qwen25VL(QwenVL):
-    """The whole model. In memory the names are those of newer files; published ones say `visual` and `model`."""
+    """The whole model. Parameters have the names of newer files: `model.visual` for the `visual` of the published
+    files, and `model.language_model` for their `model`."""
 
     RENAME = ((r"^visual\.", "model.visual."), (r"^model\.(?!language_model\.|visual\.)", "model.language_model."))
 

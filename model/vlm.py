@@ -1,7 +1,7 @@
 """What every model family is, seen from outside: hidden states, logits, image features that are computed once.
 
-A family (qwen3_vl.py, ...) supplies `tower`, `decoder`, `encode_images`, `hidden`, `step` and `make_processor`; QwenVL
-holds what Qwen's generations share of these. A prompt goes this way:
+A family (qwen3_vl.py, ...) supplies the methods that VLM leaves open; QwenVL holds what Qwen's generations share of
+them. A prompt goes this way:
 
     features = vlm.image_features(batch)        the tower, once for each picture
     hidden = vlm.hidden(batch, features)        the decoder: (B, T, H)
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .checkpoint import Settings
 from .layers import Grid, LayerCache, Linear, linear
-from .processor import Picture, QwenProcessor
+from .processor import Picture, Processor, QwenProcessor
 from .prompts import Prompts
 
 
@@ -60,6 +60,7 @@ class VLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.head_weight.device
 
     def forward(self, batch: Batch) -> Tensor:
@@ -71,6 +72,40 @@ class VLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
         return linear(hidden, self.head_weight, packed=self.packed_head)
+
+    # What a family supplies.
+
+    @staticmethod
+    def make_processor(folder: Path, config: Settings) -> Processor:
+        """What turns chats into batches for this family."""
+        raise NotImplementedError
+
+    @property
+    def tower(self) -> nn.Module:
+        """All modules that image features depend on."""
+        raise NotImplementedError
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model, without its head."""
+        raise NotImplementedError
+
+    def encode_images(self, pictures: list[Picture]) -> list[Tensor]:
+        """Features of each picture. Pictures of one `grid` stand next to each other."""
+        raise NotImplementedError
+
+    def hidden(self, batch: Batch, features: list[Tensor], cache: list[LayerCache] | None = None) -> Tensor:
+        """Final hidden states (B, T, H). `features`: one entry a picture, in the order of the prompts.
+
+        A new `cache` is filled with the prompts' keys and values.
+        """
+        raise NotImplementedError
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache]) -> Tensor:
+        """One more token a row: tokens (R,), positions (R,) -> hidden states (R, H)."""
+        raise NotImplementedError
+
+    # What the families share.
 
     def image_features(self, batch: Batch) -> list[Tensor]:
         """Features of every picture in the batch, in the order of the prompts; equal pictures are encoded once."""

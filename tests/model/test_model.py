@@ -84,7 +84,8 @@ def load_variant(folder: Callable[[str], Path], name: str) -> VLM:
 @pytest.fixture(scope="module", params=VARIANTS)
 def case(request: pytest.FixtureRequest, folder: Callable[[str], Path]) -> tuple[str, VLM]:
     """A variant's name and its model."""
-    return request.param, load_variant(folder, request.param)
+    name = request.param
+    return name, load_variant(folder, name)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,8 @@ def test_logits_equal_transformers(case: tuple[str, VLM], reference: Any) -> Non
     three_pictures = chat("x", picture(90, 10, 6), picture(10, 90, 7), "y", picture(44, 60, 8), "z")
     for messages in [*example_chats(), small, three_pictures]:
         batch = vlm.processor([messages])
-        expected = reference(**reference_inputs(vlm, batch)).logits
+        inputs = reference_inputs(vlm, batch)
+        expected = reference(**inputs).logits
         assert close(vlm(batch), expected), (name, messages)
 
 
@@ -141,9 +143,10 @@ def test_padded_batch_equals_transformers(case: tuple[str, VLM], reference: Any)
 
 def test_greedy_equals_transformers(case: tuple[str, VLM], reference: Any) -> None:
     _, vlm = case
-    theirs = [reference_greedy(vlm, reference, messages, 8) for messages in example_chats()]
     ours = generate(vlm, example_chats(), max_new_tokens=8, temperature=0)
-    assert [list(completion.token_ids) for [completion] in ours] == theirs
+    for messages, [completion] in zip(example_chats(), ours):
+        theirs = reference_greedy(vlm, reference, messages, 8)
+        assert list(completion.token_ids) == theirs
 
 
 @torch.no_grad()
@@ -155,24 +158,28 @@ def test_batched_equals_single(case: tuple[str, VLM]) -> None:
         batch = vlm.processor([chats[i] for i in order])
         logits = vlm(batch)
         for row, i in zip(logits, order):
-            alone = vlm(vlm.processor([chats[i]]))[0]
+            single = vlm.processor([chats[i]])
+            alone = vlm(single)[0]
             assert close(row[:len(alone)], alone)
 
 
 @torch.no_grad()
 def test_cached_steps_equal_a_full_pass(case: tuple[str, VLM]) -> None:
     _, vlm = case
+    processor = vlm.processor
     pictures: dict = {}
-    rows = vlm.processor.rows(example_chats(), pictures)
+    rows = processor.rows(example_chats(), pictures)
     new_tokens = [7, 99, 41]
     continued = [row.continued(new_tokens) for row in rows]
-    expected = vlm(collate(continued, pictures, vlm.processor.pad_id))
+    expected = vlm(collate(continued, pictures, processor.pad_id))
 
-    [prompts] = pack_prompts(rows, pictures, vlm.processor.image_id, vlm.processor.pad_id)
+    [prompts] = pack_prompts(rows, pictures, processor.image_id, processor.pad_id)
     order = prompts.numbers[:, 0].tolist()
-    assert sorted(order) == list(range(len(rows))) and prompts.numbers.shape[1] == 1      # no two begin alike
+    assert sorted(order) == list(range(len(rows)))
+    assert prompts.numbers.shape[1] == 1                                                  # no two begin alike
     cache = vlm.new_cache(prompts, 2)                                                     # two samples a prompt
-    vlm.hidden(prompts.batch, vlm.image_features(prompts.batch), cache)
+    features = vlm.image_features(prompts.batch)
+    vlm.hidden(prompts.batch, features, cache)
 
     first_positions = [int(rows[b].positions.max()) + 1 for b in order]
     first_positions = torch.tensor(first_positions).repeat_interleave(2)
@@ -232,7 +239,7 @@ def test_stop_ids_end_a_sample(case: tuple[str, VLM], monkeypatch: pytest.Monkey
                                       {"max_new_tokens": 0}])
 def test_sampling_out_of_range(folder: Callable[[str], Path], argument: dict) -> None:
     vlm = load_vlm(folder("qwen3_vl"))
-    [name] = argument
+    [name] = argument                                   # the only key
     with pytest.raises(ValueError, match=name):
         generate(vlm, [chat("hi")], **argument)
 
@@ -390,8 +397,9 @@ def test_windows_do_not_divide(folder: Callable[[str], Path]) -> None:
     expected: dict[tuple[int, ...], list[int]] = {}
     for patch, window in enumerate(windows):
         expected.setdefault(window, []).append(patch)
-    patches_by_window = [patches.tolist() for patches in order.split(lengths)]
-    assert sorted(patches_by_window) == sorted(expected.values())
+    in_windows = [patches.tolist() for patches in order.split(lengths)]
+    in_windows.sort()
+    assert in_windows == sorted(expected.values())
 
 
 def window_of_each_patch(grids: list[tuple[int, int, int]]) -> list[tuple[int, ...]]:
