@@ -18,38 +18,43 @@ from .qwen3_vl import Qwen3VL
 from .sampler import Completion, generate, next_digits
 from .vlm import VLM, pick_device
 
-__all__ = ["Completion", "VLM", "generate", "load_vlm", "next_digits", "save_vlm"]
+__all__ = ["VLM", "Completion", "generate", "load_vlm", "next_digits", "save_vlm"]
 
 FAMILIES: dict[str, type[VLM]] = {"qwen3_vl": Qwen3VL, "qwen2_5_vl": Qwen25VL, "mllama": Mllama}
 
 
 def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
-             dtype: torch.dtype | None = torch.float32, mllama_follow: str = "meta") -> VLM:
+             dtype: torch.dtype | None = torch.float32) -> VLM:
     """Open a model in the published layout: a folder, or a hub id that is downloaded first.
 
     `dtype` is that of the weights in memory; None keeps the files'. Strict: an unknown model_type, a missing, extra or
     misshapen tensor, one with NaN or infinity, a truncated file are a ValueError that names the culprit.
-    `mllama_follow` "transformers" makes Llama-3.2-Vision treat the tokens before the first picture as that library
-    does, not as the weights were trained.
     """
-    if mllama_follow not in ("meta", "transformers"):
-        raise ValueError(f"mllama_follow is {mllama_follow!r}, not 'meta' or 'transformers'")
-    device, folder = pick_device(device), resolve_folder(path_or_hub_id)
+    device = pick_device(device)
+    folder = resolve_folder(path_or_hub_id)
     config = read_settings(folder, "config.json")
-    if config["model_type"] not in list(FAMILIES):                      # by equality: a list has no hash
-        raise ValueError(f"{folder}/config.json: model_type {config['model_type']!r} is not one of {sorted(FAMILIES)}")
-    family = FAMILIES[config["model_type"]]
-    with torch.device("meta"):
-        vlm = Mllama(config, follow=mllama_follow) if family is Mllama else family(config)
+    model_type = config["model_type"]
+    if model_type not in list(FAMILIES):                # a list compares by ==: in a bad file it may be unhashable
+        raise ValueError(f"{folder}/config.json: model_type {model_type!r} is not one of {sorted(FAMILIES)}")
+    family = FAMILIES[model_type]
+
+    with torch.device("meta"):                          # no memory is taken until the weights are read
+        vlm = family(config)
     vlm.disk_names, vlm.file_dtype = load_weights(vlm, folder, family.RENAME, device, dtype)
     vlm.folder = folder
     vlm.processor = family.make_processor(folder, config)
-    stop = read_settings(folder, "generation_config.json")["eos_token_id"]
-    stops = stop if isinstance(stop, list) else [stop]
-    if not stops or any(type(token) is not int or token < 0 for token in stops):
-        raise ValueError(f"{folder}/generation_config.json: eos_token_id is {stop!r:.80}, no token id or list of them")
-    vlm.stop_ids = frozenset(stops)
+    vlm.stop_ids = read_stop_ids(folder)
     return vlm.eval()
+
+
+def read_stop_ids(folder: Path) -> frozenset[int]:
+    """The ids that end an answer: `eos_token_id` of generation_config.json, one id or a list of them."""
+    stop = read_settings(folder, "generation_config.json")["eos_token_id"]
+    stop_ids = stop if isinstance(stop, list) else [stop]
+    valid = all(type(token) is int and token >= 0 for token in stop_ids)
+    if not stop_ids or not valid:
+        raise ValueError(f"{folder}/generation_config.json: eos_token_id is {stop!r:.80}, no token id or list of them")
+    return frozenset(stop_ids)
 
 
 def save_vlm(vlm: VLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -57,6 +62,9 @@ def save_vlm(vlm: VLM, directory: str | Path, dtype: torch.dtype | None = None) 
 
     Adapters are merged into the weights that they adapt.
     """
+    tensors = {}
+    for name, parameter in merged_parameters(vlm).items():
+        tensors[vlm.disk_names[name]] = parameter
     with whole_folder(Path(directory)) as folder:
         copy_settings(vlm.folder, folder)
-        save_weights({vlm.disk_names[name]: p for name, p in merged_parameters(vlm).items()}, folder, dtype)
+        save_weights(tensors, folder, dtype)

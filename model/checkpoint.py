@@ -1,4 +1,4 @@
-"""Safetensors in and out, strictly; folders that appear whole or not at all.
+"""Model folders: reading settings and weights strictly, writing folders that appear whole or not at all.
 
 A model folder is what the hub publishes: config.json, model.safetensors (or shards with model.safetensors.index.json),
 tokenizer.json, preprocessor_config.json, generation_config.json.
@@ -20,10 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
-WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-COUNTS = frozenset((                                                # fields that are positive integers
+SINGLE_FILE = "model.safetensors"                       # all weights in one file
+INDEX = "model.safetensors.index.json"                  # or in shards: this file names the shard of each tensor
+SHARD_BYTES = 5_000_000_000                             # the largest shard that is written
+READ_BYTES = 1 << 24                                    # read at once when a file is hashed
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COPIED_FILES = ("*.json", "*.jinja", "merges.txt", "LICENSE*")      # what a model folder holds beside its weights
+
+# Fields of the settings files by what they must hold. Settings checks a field when it is read.
+POSITIVE_INTEGERS = frozenset((
     "attention_heads", "depth", "head_dim", "height", "hidden_size", "image_size", "in_channels", "in_chans",
     "intermediate_size", "max_image_tiles", "max_num_tiles", "merge_size", "num_attention_heads", "num_channels",
     "num_global_layers", "num_heads", "num_hidden_layers", "num_key_value_heads", "num_position_embeddings",
@@ -31,47 +36,51 @@ COUNTS = frozenset((                                                # fields tha
 LISTS = frozenset((
     "cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes", "image_mean", "image_std",
     "intermediate_layers_indices", "mrope_section", "supported_aspect_ratios"))
-PARTS = frozenset((                                                 # fields that are objects
+OBJECTS = frozenset((
     "image_processor", "rope_parameters", "rope_scaling", "size", "text_config", "vision_config", "weight_map"))
-COPIED = ("*.json", "*.jinja", "merges.txt", "LICENSE*")            # what a model folder holds beside its weights
 
+
+# ---- settings: the JSON files of a model folder
 
 class Settings(dict):
-    """A JSON object; a missing field is a ValueError that names it: no default stands in for a published value.
+    """A JSON object of a model folder. Reading a field that is missing or malformed is a ValueError that names it.
 
-    So are, when asked for, COUNTS that are no positive integers, LISTS that are no lists, PARTS that are no objects.
+    There are no defaults: a number that we made up must not stand in for a published one.
     """
 
-    source = ""
+    source = ""                                         # the file that it was read from, for error messages
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
-        if key in COUNTS and (type(value) is not int or value < 1):
+        if key in POSITIVE_INTEGERS and (type(value) is not int or value < 1):
             raise ValueError(f"{self.source}: {key} is {value!r:.80}, not a positive integer")
         if key in LISTS and not isinstance(value, list):
             raise ValueError(f"{self.source}: {key} is {value!r:.80}, not a list")
-        if key in PARTS and not isinstance(value, Settings):
+        if key in OBJECTS and not isinstance(value, Settings):
             raise ValueError(f"{self.source}: {key} is {value!r:.80}, not an object")
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
         """The field, or `default` where it is missing or null."""
-        return default if super().get(key) is None else self[key]
+        if super().get(key) is None:
+            return default
+        return self[key]
 
     def __missing__(self, key: str) -> Any:
         raise ValueError(f"{self.source} lacks the field {key!r}")
 
 
 def read_settings(folder: Path, name: str) -> Settings:
-    """A JSON file of a model folder, nested objects included."""
+    """The JSON file `name` of a model folder; objects inside it are Settings too. ValueError if it is none."""
     path = Path(folder) / name
 
-    def wrap(value: dict) -> Settings:
+    def to_settings(value: dict) -> Settings:
         settings = Settings(value)
         settings.source = str(path)
         return settings
+
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"), object_hook=wrap)
+        settings = json.loads(path.read_text(encoding="utf-8"), object_hook=to_settings)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {name}") from None
     except ValueError as error:
@@ -81,9 +90,11 @@ def read_settings(folder: Path, name: str) -> Settings:
     return settings
 
 
-def either(settings: Settings, name: str, older: str) -> Any:
-    """A field that has had two names: the value under `name`, or under `older`."""
-    return settings[older] if older in settings and name not in settings else settings[name]
+def renamed_field(settings: Settings, name: str, other_name: str) -> Any:
+    """A field that files of different age call `name` or `other_name`; `name` counts where both are there."""
+    if name not in settings and other_name in settings:
+        return settings[other_name]
+    return settings[name]
 
 
 def rope_settings(text_config: Settings) -> tuple[float, Settings]:
@@ -94,6 +105,8 @@ def rope_settings(text_config: Settings) -> tuple[float, Settings]:
     return text_config["rope_theta"], text_config["rope_scaling"]
 
 
+# ---- folders
+
 def resolve_folder(path_or_hub_id: str | Path) -> Path:
     """A local folder as it is; otherwise a hub id, downloaded (weights as safetensors only)."""
     path = Path(path_or_hub_id)
@@ -101,49 +114,146 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) or path.exists():
         raise ValueError(f"{path_or_hub_id} is neither a folder nor a hub id (owner/name)")
+
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[*COPIED, "*.safetensors"]))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[*COPIED_FILES, "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path_or_hub_id} is not a local folder and cannot be downloaded: {reason}") from None
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's files: the identity of a reference or a verifier."""
+    """SHA-256 of a model folder's settings and weights: the identity of a reference or a verifier."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors"):
+            continue
         digest.update(path.name.encode())
         with open(path, "rb") as file:
-            while block := file.read(1 << 24):
+            while block := file.read(READ_BYTES):
                 digest.update(block)
     return digest.hexdigest()
 
 
+@contextmanager
+def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
+    """Yields an empty folder, which takes the name `target` once everything in it is written and synced.
+
+    An existing `target` is replaced at that moment; if the writing is interrupted it is left untouched. (A process
+    killed just between the two renames of a replacement leaves the old folder beside it as .NAME.PID.old.) With
+    `replace` False a `target` that holds anything, even one that appeared in the meantime, is a FileExistsError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.new")
+    shutil.rmtree(aside, ignore_errors=True)            # left by a killed process that had our process id
+    aside.mkdir()
+    try:
+        yield aside
+
+        for path in aside.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        _sync(aside)
+
+        if replace and target.exists():
+            _replace_folder(aside, target)
+        else:
+            _rename_to_new(aside, target)
+        _sync(target.parent)
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+
+
+def _replace_folder(aside: Path, target: Path) -> None:
+    """Rename `aside` to `target`, which exists: the old one must step out of the way first, then it is removed."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    os.replace(target, old)
+    os.replace(aside, target)
+    shutil.rmtree(old)
+
+
+def _rename_to_new(aside: Path, target: Path) -> None:
+    """Rename `aside` to `target`; the system refuses this if `target` has become a folder that holds something."""
+    try:
+        os.replace(aside, target)
+    except OSError:
+        if target.exists():
+            raise FileExistsError(f"{target} exists") from None
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- weights in
+
+def load_weights(model: nn.Module, folder: Path, rename: tuple[tuple[str, str], ...], device: torch.device | str,
+                 dtype: torch.dtype | None) -> tuple[dict[str, str], torch.dtype]:
+    """Fill `model`, built on the meta device, from `folder`; one tensor at a time, onto `device` in `dtype`.
+
+    `rename` maps names on disk to parameter names (re.sub, in order). `dtype` None keeps the files' own. The sets of
+    names must be equal, every shape must match and every number be finite, else ValueError. Returns parameter name ->
+    name on disk, and the dtype of the files (of their last tensor: published files hold one).
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    files = tensor_files(folder)
+    disk_names = _match_names(set(shapes), files, rename, folder)
+
+    for path in sorted(set(files.values())):
+        with open_tensors(path) as tensors:
+            for name, disk_name in disk_names.items():
+                if files[disk_name] != path:
+                    continue
+                tensor = tensors.get_tensor(disk_name)
+                _check_tensor(tensor, shapes[name], f"{path}: {name}")
+                file_dtype = tensor.dtype
+                _set_parameter(model, name, tensor.to(device=device, dtype=dtype or file_dtype))
+    return disk_names, file_dtype
+
+
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Which file holds each tensor, from the files' own headers; the index is checked against them."""
-    index_path, single = folder / INDEX, folder / "model.safetensors"
+    index_path = folder / INDEX
+    index: dict[str, str] = {}
     if index_path.is_file():
-        index = read_settings(folder, INDEX)["weight_map"]
-        if strange := [name for name, file in index.items() if not isinstance(file, str)]:
-            raise ValueError(f"{index_path}: the file of {strange[0]} is {index[strange[0]]!r:.80}, not a name")
-        files = [folder / name for name in sorted(set(index.values()))]
-    elif single.is_file():
-        index, files = None, [single]
+        index = _read_index(folder)
+        paths = [folder / name for name in sorted(set(index.values()))]
+    elif (folder / SINGLE_FILE).is_file():
+        paths = [folder / SINGLE_FILE]
     elif list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
         raise ValueError(f"{folder} holds pickled weights only; convert them to safetensors, pickles are not opened")
     else:
-        raise ValueError(f"{folder} holds neither model.safetensors nor {INDEX}")
-    found: dict[str, Path] = {}
-    for path in files:
+        raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX}")
+
+    files: dict[str, Path] = {}
+    for path in paths:
         if not path.is_file():
             raise ValueError(f"{index_path} names {path.name}, which is absent")
         with open_tensors(path) as tensors:
-            found.update((name, path) for name in tensors.keys())
-    if index is not None and (lost := sorted(set(index) - set(found))):
+            files.update(dict.fromkeys(tensors.keys(), path))
+
+    lost = sorted(set(index) - set(files))
+    if lost:
         raise ValueError(f"{index_path} names {lost[0]}, which no shard holds ({len(lost)} such tensors)")
-    return found
+    return files
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index of the shards has it."""
+    index = read_settings(folder, INDEX)["weight_map"]
+    for name, file_name in index.items():
+        if not isinstance(file_name, str):
+            raise ValueError(f"{folder / INDEX}: the file of {name} is {file_name!r:.80}, not a name")
+    return index
 
 
 @contextmanager
@@ -156,118 +266,88 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def load_weights(model: nn.Module, folder: Path, rename: tuple[tuple[str, str], ...], device: torch.device | str,
-                 dtype: torch.dtype | None) -> tuple[dict[str, str], torch.dtype]:
-    """Fill `model`, built on the meta device, from `folder`; one tensor at a time, onto `device` in `dtype`.
-
-    `rename` maps names on disk to parameter names (re.sub, in order). `dtype` None keeps the files' own. The sets of
-    names must be equal, every shape must match and every number be finite, else ValueError. Returns parameter name ->
-    name on disk, and the dtype of the files (of their last tensor: published files hold one).
-    """
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    files, names = tensor_files(folder), {}
-    for disk_name in files:
-        if disk_name.endswith("rotary_emb.inv_freq"):               # computed from config.json, never read
+def _match_names(parameters: set[str], files: dict[str, Path], rename: tuple[tuple[str, str], ...],
+                 folder: Path) -> dict[str, str]:
+    """Parameter name -> name on disk. Every parameter must have exactly one tensor and every tensor a parameter."""
+    disk_names: dict[str, str] = {}
+    for disk_name, path in files.items():
+        if disk_name.endswith("rotary_emb.inv_freq"):   # old files hold it; we compute it from config.json
             continue
         name = disk_name
         for pattern, replacement in rename:
             name = re.sub(pattern, replacement, name)
-        if name not in expected:
-            raise ValueError(f"{files[disk_name]} holds {disk_name}, which the model does not have")
-        if name in names:
-            raise ValueError(f"{folder} holds {names[name]} and {disk_name}, which are the same tensor")
-        names[name] = disk_name
-    if missing := sorted(set(expected) - set(names)):
+        if name not in parameters:
+            raise ValueError(f"{path} holds {disk_name}, which the model does not have")
+        if name in disk_names:
+            raise ValueError(f"{folder} holds {disk_names[name]} and {disk_name}, which are the same tensor")
+        disk_names[name] = disk_name
+
+    missing = sorted(parameters - set(disk_names))
+    if missing:
         raise ValueError(f"{folder} lacks {missing[0]} ({len(missing)} tensors are missing)")
-    for path in sorted(set(files.values())):
-        with open_tensors(path) as tensors:
-            for name, disk_name in names.items():
-                if files[disk_name] == path:
-                    tensor = tensors.get_tensor(disk_name)
-                    _assign(model, name, tensor, expected[name], path, device, dtype)
-    return names, tensor.dtype
+    return disk_names
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, path: Path, device: torch.device | str,
-            dtype: torch.dtype | None) -> None:
+def _check_tensor(tensor: Tensor, shape: torch.Size, what: str) -> None:
+    """ValueError that begins with `what` if the tensor has another shape, no weights' dtype, or is not all finite."""
     if tensor.shape != shape:
-        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(shape)}")
-    if tensor.dtype not in WEIGHTS:
-        raise ValueError(f"{path}: {name} is {tensor.dtype}; weights are {', '.join(map(str, WEIGHTS))}")
-    if not all(extreme.isfinite() for extreme in tensor.aminmax()):     # NaN is both; nothing of its size is allocated
-        raise ValueError(f"{path}: {name} holds NaN or infinity")
-    module_name, _, attribute = name.rpartition(".")
-    parameter = nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype), requires_grad=True)
-    setattr(model.get_submodule(module_name), attribute, parameter)
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}, the model needs {tuple(shape)}")
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{what} is {tensor.dtype}; weights are {', '.join(map(str, WEIGHT_DTYPES))}")
+    # One NaN makes both extremes NaN. Unlike tensor.isfinite() this allocates nothing of the tensor's size.
+    smallest, largest = tensor.aminmax()
+    if not smallest.isfinite() or not largest.isfinite():
+        raise ValueError(f"{what} holds NaN or infinity")
 
+
+def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the parameter `name`, "model.layers.0.norm.weight", stands on the meta device."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    setattr(module, attribute, nn.Parameter(tensor, requires_grad=True))
+
+
+# ---- weights out
 
 def save_weights(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:
     """Write `tensors` in shards of at most 5 GB, with an index when there are several."""
     shards: list[dict[str, Tensor]] = [{}]
-    sizes = [0]
+    shard_bytes = 0                                     # of the last shard
+    total_bytes = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if shards[-1] and sizes[-1] + size > SHARD_BYTES:
+        if shards[-1] and shard_bytes + size > SHARD_BYTES:
             shards.append({})
-            sizes.append(0)
+            shard_bytes = 0
         shards[-1][name] = tensor
-        sizes[-1] += size
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        held = {k: t.detach().to(device="cpu", dtype=dtype or t.dtype).contiguous() for k, t in shard.items()}
-        save_file(held, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)                                # the library writes for the owner alone
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)},
-                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        shard_bytes += size
+        total_bytes += size
+
+    if len(shards) == 1:
+        _save_shard(shards[0], folder / SINGLE_FILE, dtype)
+        return
+
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save_shard(shard, folder / file_name, dtype)
+        weight_map.update(dict.fromkeys(shard, file_name))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_shard(shard: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    """Write one safetensors file. Only this shard's tensors are copied to the CPU at a time."""
+    on_cpu = {}
+    for name, tensor in shard.items():
+        on_cpu[name] = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+    save_file(on_cpu, path, metadata={"format": "pt"})
+    path.chmod(0o644)                                   # the library lets the owner alone read it
 
 
 def copy_settings(source: Path, target: Path) -> None:
     """Copy config, tokenizer, preprocessor and generation files; the index of the weights is not among them."""
-    for path in sorted(p for pattern in COPIED for p in source.glob(pattern)):
-        if path.name != INDEX:
-            shutil.copyfile(path, target / path.name)
-
-
-@contextmanager
-def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
-    """Yields an empty folder that takes the name `target` only once everything in it is written and synced.
-
-    An existing `target` is replaced then; whatever interrupts the writing leaves it untouched. (Killed between two
-    renames, in no time at all, the old one is found beside it as .NAME.PID.old.) With `replace` False one that holds
-    anything is a FileExistsError, even if it appeared in the meantime.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.new")
-    shutil.rmtree(aside, ignore_errors=True)                         # of a killed process that had our number
-    aside.mkdir()
-    try:
-        yield aside
-        for path in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
-            _sync(path)
-        if replace and target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            os.replace(target, old)
-            os.replace(aside, target)
-            shutil.rmtree(old)
-        else:
-            try:
-                os.replace(aside, target)                            # never over a folder that holds something
-            except OSError:
-                if target.exists():
-                    raise FileExistsError(f"{target} exists") from None
-                raise
-        _sync(target.parent)
-    finally:
-        if aside.exists():
-            shutil.rmtree(aside)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    for pattern in COPIED_FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.name != INDEX:
+                shutil.copyfile(path, target / path.name)

@@ -1,7 +1,10 @@
 """Low-rank adapters: y = W x + (alpha / r) B A x with W frozen (LoRA, Hu et al., arXiv 2106.09685, eq. 3).
 
-A starts random and B zero, so an adapted model starts as the model it adapts, and is it again with its adapters off: no
-second copy is needed as a reference. alpha / r = 2, and adapters on every linear layer of the decoder: ours.
+A starts random and B zero, so an adapted model starts as the model that it adapts. With its adapters off it is that
+model again: no second copy is needed as a reference. Our choices: alpha / r = 2, and adapters on every linear layer of
+the decoder.
+
+Letters: r rank of the adapters, in and out features of a layer.
 """
 from __future__ import annotations
 
@@ -23,28 +26,37 @@ class Adapted(Linear):
 
     def __init__(self, base: Linear, rank: int, generator: torch.Generator):
         nn.Module.__init__(self)                        # not Linear's: that would make a new weight
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias, self.active = base.weight, base.bias, True
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.weight = base.weight
+        self.bias = base.bias
+        self.active = True                              # False: the layer is the one it adapts
+
+        device = base.weight.device
         a = torch.randn(rank, base.in_features, generator=generator) * base.in_features ** -0.5
-        self.lora_a = nn.Parameter(a.to(base.weight.device))                              # (r, in)
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))   # (out, r)
+        self.lora_a = nn.Parameter(a.to(device))                                          # (r, in)
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))   # (out, r)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         y = super().forward(x)
         if not self.active:
             return y
-        return y + SCALE * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        low_rank = F.linear(x, self.lora_a.to(x.dtype))                                   # (..., r)
+        return y + SCALE * F.linear(low_rank, self.lora_b.to(x.dtype))
 
     def merged(self) -> Tensor:
-        """W + (alpha / r) B A, computed in fp32 and returned in the weight's dtype."""
-        return (self.weight.float() + SCALE * self.lora_b @ self.lora_a).to(self.weight.dtype)
+        """W + (alpha / r) B A, computed in fp32 and returned in the weight's dtype: (out, in)."""
+        update = SCALE * self.lora_b @ self.lora_a                                        # (out, in)
+        merged = self.weight.float() + update
+        return merged.to(self.weight.dtype)
 
 
 def add_adapters(layers: Iterable[nn.Module], rank: int, seed: int = 0) -> None:
     """Give every linear layer inside `layers` an adapter of that rank."""
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
-        for parent in list(layer.modules()):
+        for parent in list(layer.modules()):            # lists: layers are replaced as we go
             for name, child in list(parent.named_children()):
                 if isinstance(child, Linear):
                     setattr(parent, name, Adapted(child, rank, generator))
@@ -52,25 +64,30 @@ def add_adapters(layers: Iterable[nn.Module], rank: int, seed: int = 0) -> None:
 
 def adapters(vlm: VLM) -> dict[str, Adapted]:
     """The adapted layers by name; empty for a model without any."""
-    return {name: module for name, module in vlm.named_modules() if isinstance(module, Adapted)}
+    layers = {}
+    for name, module in vlm.named_modules():
+        if isinstance(module, Adapted):
+            layers[name] = module
+    return layers
 
 
 @contextmanager
 def adapters_off(vlm: VLM) -> Iterator[None]:
     """Inside, the model is the one that was adapted."""
-    found = adapters(vlm).values()
-    for each in found:
-        each.active = False
+    layers = adapters(vlm).values()
+    for layer in layers:
+        layer.active = False
     try:
         yield
     finally:
-        for each in found:
-            each.active = True
+        for layer in layers:
+            layer.active = True
 
 
 @torch.no_grad()
 def merged_parameters(vlm: VLM) -> dict[str, Tensor]:
     """The parameters by the names that `vlm` was loaded with, adapters merged into the weights."""
-    found = adapters(vlm)
-    layers = {f"{name}.weight": layer for name, layer in found.items()}
-    return {name: layers[name].merged() if name in layers else vlm.get_parameter(name) for name in vlm.disk_names}
+    parameters: dict[str, Tensor] = {name: vlm.get_parameter(name) for name in vlm.disk_names}
+    for name, layer in adapters(vlm).items():
+        parameters[f"{name}.weight"] = layer.merged()
+    return parameters

@@ -4,20 +4,23 @@ What is peculiar to the family:
 - Pictures do not stand in the sequence. One token <|image|> marks each; every fifth decoder layer or so attends to the
   pictures' features instead of the text, and adds what it finds through gates (tanh of a scalar).
 - Which picture a token sees is part of the prompt: those of the last run of neighbouring <|image|> tokens before it.
-- Tokens before the first picture see none, and the cross-attention layers leave them as they are. transformers lets
-  such tokens attend to every tile, unused ones included, and silences only the layer's MLP; the weights were trained
-  otherwise. `follow = "transformers"` does the same for comparison, within the chat's own pictures.
+- Tokens before the first picture see none, and the cross-attention layers leave them as they are: so Meta trained the
+  weights. transformers lets such tokens attend to every tile, unused ones included, and silences only the layer's MLP.
+  `vlm.follow = "transformers"` does the same, within the chat's own pictures, for whoever compares with it.
 - A prompt without pictures skips the cross-attention layers.
-- The embedding has 8 rows more than the head: <|image|> can be read but never be said.
+- The embedding has 8 rows more than the head: <|image|> can be read but never be sampled.
 - Positions count tokens; the slow rope frequencies are stretched (Llama 3.1) for long contexts.
 
-Letters: K tiles, L tokens of a tile, S picture tokens of the chat with the most; B, T, H, R, n, nh, nk, hd as in
-layers.py.
+The structure and the names of modules are those of the published checkpoints, for they are the tensors' names.
+
+Letters: B chats, T tokens of a chat, I pictures of the chat with the most, K tiles of a picture, L tokens of a tile, S
+picture tokens of the chat with the most; H hidden size, nh query heads, nk key-value heads, hd head width; while
+sampling, B rows of prompts, n samples of each, R = B n samples; N, C, D, Dv as in mllama_vision.py.
 """
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .batch import TiledBatch
-from .checkpoint import Settings, either, rope_settings
+from .checkpoint import Settings, renamed_field, rope_settings
 from .images import Picture
 from .layers import (
     Block,
@@ -50,35 +53,59 @@ PICTURES_AT_ONCE = 8                                    # through the tower; eac
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What the tokens of a batch see of pictures. A token that may attend to nothing is allowed everything, so that no
-    softmax is empty, and what it gathers is dropped."""
-    allowed: Tensor                                     # (B, 1, T, S) bool
-    attends: Tensor                                     # (B, T, 1) bool: cross-attention adds something
-    live: Tensor                                        # (B, T, 1) bool: the layer's MLP adds something
-    states: Tensor | None = None                        # (B, S, H): features; None once keys and values are cached
+class CrossInputs:
+    """What cross-attention layers need beside the text: the pictures' features, and which of them a token sees.
 
-    def at(self, index: Tensor) -> Sight:
-        """The sight of one token a row; index: (B,)."""
-        rows = torch.arange(len(index), device=index.device)
-        return Sight(self.allowed[rows, :, index][:, :, None], self.attends[rows, index][:, None],
-                     self.live[rows, index][:, None])
+    A token that may attend to nothing would have softmax divide by zero: `mask` allows it everything instead, and what
+    it gathers is dropped (`attends` is False).
+    """
+    mask: Tensor                                        # (B, 1, T, S) bool: True where a token may attend
+    attends: Tensor                                     # (B, T, 1) bool: what a token gathers is added to it
+    mlp_acts: Tensor                                    # (B, T, 1) bool: so is what the layer's MLP gives
+    states: Tensor | None = None                        # (B, S, H) features; None once keys and values are cached
+
+    def at(self, column: Tensor) -> CrossInputs:
+        """Those of one token a row, with keys and values cached; column: (B,)."""
+        rows = torch.arange(len(column), device=column.device)
+        return CrossInputs(
+            mask=self.mask[rows, :, column][:, :, None],                                  # (B, 1, 1, S)
+            attends=self.attends[rows, column][:, None],                                  # (B, 1, 1)
+            mlp_acts=self.mlp_acts[rows, column][:, None],                                # (B, 1, 1)
+        )
+
+    def of_rows(self, rows: Tensor) -> CrossInputs:
+        """Those of some rows, with keys and values cached; rows: (B',)."""
+        return CrossInputs(
+            mask=self.mask[rows],
+            attends=self.attends[rows],
+            mlp_acts=self.mlp_acts[rows],
+        )
 
 
 class CrossCache:
-    """A cross-attention layer's keys and values of the pictures, and what each prompt's last token sees: sampled tokens
-    see the same. Empty when no prompt of the batch has a picture."""
+    """A cross-attention layer's keys and values of the pictures, and what each prompt's last token sees of them.
+
+    Sampled tokens see what the prompt's last token sees. Empty when no prompt of the batch has a picture.
+    """
 
     def __init__(self, last: Tensor):
-        self.last = last                                                        # (B,) a column that sees what they see
-        self.held: tuple[Tensor, Tensor, Sight] | None = None                   # k, v: (B, nk, S, hd)
+        self.last = last                                # (B,) the column of a prompt's last token
+        self.k: Tensor | None = None                    # (B, nk, S, hd)
+        self.v: Tensor | None = None                    # (B, nk, S, hd)
+        self.inputs: CrossInputs | None = None          # of one token a row
+
+    def fill(self, k: Tensor, v: Tensor, inputs: CrossInputs) -> None:
+        """Keep what a pass over the prompts has computed; `inputs`: of all its tokens."""
+        self.k = k
+        self.v = v
+        self.inputs = inputs.at(self.last)
 
     def keep(self, groups: Tensor, samples: Tensor) -> None:
-        """Go on with these of the B rows of prompts; their samples hold nothing of their own here."""
-        if self.held is not None:
-            k, v, sight = self.held
-            self.held = k[groups], v[groups], replace(sight, **{
-                name: getattr(sight, name)[groups] for name in ("allowed", "attends", "live")})
+        """Go on with these of the B rows of prompts. Which of their `samples` go on makes no difference here."""
+        if self.inputs is not None:
+            self.k = self.k[groups]
+            self.v = self.v[groups]
+            self.inputs = self.inputs.of_rows(groups)
 
 
 class CrossAttention(nn.Module):
@@ -91,22 +118,32 @@ class CrossAttention(nn.Module):
         self.k_proj = Linear(hidden, kv_heads * self.head_dim, bias=False)
         self.v_proj = Linear(hidden, kv_heads * self.head_dim, bias=False)
         self.o_proj = Linear(hidden, hidden, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(self.head_dim, eps), RMSNorm(self.head_dim, eps)
+        self.q_norm = RMSNorm(self.head_dim, eps)
+        self.k_norm = RMSNorm(self.head_dim, eps)
 
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)             # (B, T, heads hd) -> (B, heads, T, hd)
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads hd) -> (B, heads, T, hd)."""
+        x = x.unflatten(-1, (-1, self.head_dim))                                # (B, T, heads, hd)
+        return x.transpose(1, 2)
 
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, H) -> (B, nk, S, hd) twice."""
-        return self.k_norm(self.heads(self.k_proj(states))), self.heads(self.v_proj(states))
+        k = self.k_norm(self.split_heads(self.k_proj(states)))
+        v = self.split_heads(self.v_proj(states))
+        return k, v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-        """x: (R, T, H), where either R = B or T = 1: the n samples of a prompt read its keys and values together."""
-        n = len(x) // len(k)
-        q = self.q_norm(self.heads(self.q_proj(x)))                             # (R, nh, T, hd)
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """x: (R, T, H), where R = B or T = 1 -> (R, T, H).
+
+        While sampling, the n samples of a prompt read its keys and values together, as if they were its n tokens.
+        """
+        n = len(x) // len(k)                                                    # 1 unless sampling
+        q = self.q_norm(self.split_heads(self.q_proj(x)))                       # (R, nh, T, hd)
         q = q.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)               # (B, nh, n T, hd)
-        y = attend(q, k, v, allowed).unflatten(2, (n, -1)).transpose(1, 2)      # (B, n, nh, T, hd)
-        return self.o_proj(y.flatten(0, 1).transpose(1, 2).flatten(2))          # (R, T, H)
+        y = attend(q, k, v, mask)                                               # (B, nh, n T, hd)
+        y = y.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)               # (R, nh, T, hd)
+        y = y.transpose(1, 2).flatten(2)                                        # (R, T, H)
+        return self.o_proj(y)
 
 
 class CrossLayer(Block):
@@ -118,24 +155,30 @@ class CrossLayer(Block):
         self.mlp = SwiGLU(hidden, intermediate)
         self.input_layernorm = RMSNorm(hidden, eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.cross_attn_attn_gate, self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, sight: Sight | None, cache: CrossCache | None) -> Tensor:
-        """x: (R, T, H); `sight` is None while sampling (the cache has it) and in a batch without pictures."""
-        if sight is not None:
-            k, v = self.cross_attn.keys_and_values(sight.states)
+    def forward(self, x: Tensor, inputs: CrossInputs | None, cache: CrossCache | None) -> Tensor:
+        """x: (R, T, H) -> (R, T, H); `inputs` is None while sampling (the cache has them) and without pictures."""
+        if inputs is not None:                                                  # a pass over prompts
+            k, v = self.cross_attn.keys_and_values(inputs.states)               # (B, nk, S, hd) each
             if cache is not None:
-                cache.held = k, v, sight.at(cache.last)
-        elif cache is not None and cache.held is not None:
-            k, v, sight = cache.held
-        else:
+                cache.fill(k, v, inputs)
+        elif cache is not None and cache.inputs is not None:                    # a sampled token
+            k = cache.k
+            v = cache.v
+            inputs = cache.inputs
+        else:                                                                   # no picture in the batch
             return x
-        n = len(x) // len(k)
-        attends, live = (flag.repeat_interleave(n, 0) for flag in (sight.attends, sight.live))    # (R, T, 1)
-        y = self.cross_attn(self.input_layernorm(x), k, v, sight.allowed)
+
+        n = len(x) // len(k)                                                    # samples a prompt
+        attends = inputs.attends.repeat_interleave(n, 0)                        # (R, T, 1)
+        mlp_acts = inputs.mlp_acts.repeat_interleave(n, 0)                      # (R, T, 1)
+
+        y = self.cross_attn(self.input_layernorm(x), k, v, inputs.mask)
         x = x + gate(self.cross_attn_attn_gate, y).masked_fill(~attends, 0)
         y = self.mlp(self.post_attention_layernorm(x))
-        return x + gate(self.cross_attn_mlp_gate, y).masked_fill(~live, 0)
+        return x + gate(self.cross_attn_mlp_gate, y).masked_fill(~mlp_acts, 0)
 
 
 class Decoder(nn.Module):
@@ -143,59 +186,86 @@ class Decoder(nn.Module):
 
     def __init__(self, c: Settings):
         super().__init__()
-        hidden, heads, eps = c["hidden_size"], c["num_attention_heads"], c["rms_norm_eps"]
-        kv_heads, intermediate = c["num_key_value_heads"], c["intermediate_size"]
         if c["hidden_act"] != "silu" or c.get("tie_word_embeddings"):
             raise ValueError("text_config asks for another activation than silu, or for a head tied to the embedding, "
                              f"which has {EXTRA_TOKENS} rows more")
+        hidden = c["hidden_size"]
         self.theta, self.scaling = rope_settings(c)
-        self.head_dim, cross = hidden // heads, frozenset(c["cross_attention_layers"])
+        self.head_dim = hidden // c["num_attention_heads"]
         self.embed_tokens = nn.Embedding(c["vocab_size"] + EXTRA_TOKENS, hidden)
-        self.layers = nn.ModuleList(
-            CrossLayer(hidden, heads, kv_heads, intermediate, eps) if i in cross else
-            DecoderLayer(SelfAttention(hidden, heads, kv_heads, self.head_dim), hidden, intermediate, eps)
-            for i in range(c["num_hidden_layers"]))
-        self.norm = RMSNorm(hidden, eps)
+        self.layers = nn.ModuleList(self.make_layer(c, i) for i in range(c["num_hidden_layers"]))
+        self.norm = RMSNorm(hidden, c["rms_norm_eps"])
+
+    @staticmethod
+    def make_layer(c: Settings, i: int) -> CrossLayer | DecoderLayer:
+        """Layer i: one that looks at pictures, or one of self-attention."""
+        hidden = c["hidden_size"]
+        heads = c["num_attention_heads"]
+        kv_heads = c["num_key_value_heads"]
+        intermediate = c["intermediate_size"]
+        eps = c["rms_norm_eps"]
+        if i in c["cross_attention_layers"]:
+            return CrossLayer(hidden, heads, kv_heads, intermediate, eps)
+        attention = SelfAttention(hidden, heads, kv_heads, hidden // heads)
+        return DecoderLayer(attention, hidden, intermediate, eps)
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """(hd / 2,): wavelengths beyond the original context are stretched by `factor`, short ones are kept, those
-        between are mixed."""
-        inverse = rope_frequencies(self.head_dim, self.theta, device)
-        kind = either(self.scaling, "rope_type", "type")
+        """(hd / 2,): the rotary frequencies, slowed down as in Llama 3.1 for contexts longer than the original one.
+
+        A frequency that turns less than low_freq_factor times within the original context is divided by `factor`, one
+        that turns more than high_freq_factor times is kept, and one between is a mixture of the two.
+        """
+        frequencies = rope_frequencies(self.head_dim, self.theta, device)
+        kind = renamed_field(self.scaling, "rope_type", "type")
         if kind == "default":
-            return inverse
+            return frequencies
         if kind != "llama3":
             raise ValueError(f"rope_type {kind!r} is not one of 'llama3', 'default'")
-        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
-        turns = self.scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)      # in the old context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - keep) * inverse / self.scaling["factor"] + keep * inverse
+        low = self.scaling["low_freq_factor"]
+        high = self.scaling["high_freq_factor"]
+        original_context = self.scaling["original_max_position_embeddings"]
+        turns = original_context * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)                       # the share of the frequency as it was
+        return (1 - kept) * frequencies / self.scaling["factor"] + kept * frequencies
 
-    def forward(self, tokens: Tensor, positions: Tensor, tree: Tree | None, sight: Sight | None,
+    def forward(self, tokens: Tensor, positions: Tensor, tree: Tree | None, inputs: CrossInputs | None,
                 cache: list[LayerCache | CrossCache] | None, dtype: torch.dtype) -> Tensor:
         """tokens, positions: (B, T) -> (B, T, H) in `dtype`."""
-        x = self.embed_tokens(tokens).to(dtype)
-        angles = positions[:, None, :, None].float() * self.frequencies(x.device)         # (B, 1, T, hd / 2)
+        x = self.embed_tokens(tokens).to(dtype)                                 # (B, T, H)
+        positions = positions[:, None, :, None].float()                         # (B, 1, T, 1)
+        angles = positions * self.frequencies(x.device)                         # (B, 1, T, hd / 2)
         rope = angles.cos().to(dtype), angles.sin().to(dtype)
         for i, layer in enumerate(self.layers):
-            held = cache[i] if cache else None
-            x = layer(x, sight, held) if isinstance(layer, CrossLayer) else layer(x, rope, tree, held)
+            layer_cache = cache[i] if cache else None
+            if isinstance(layer, CrossLayer):
+                x = layer(x, inputs, layer_cache)
+            else:
+                x = layer(x, rope, tree, layer_cache)
         return self.norm(x)
 
 
 class Mllama(VLM):
-    """The whole model. In memory the names are those of newer files; published ones put `model` further in."""
+    """The whole model. Parameters have the names of newer files, in which all but the head stand under `model`."""
 
-    RENAME = ((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head\.", "lm_head."),
-              (r"^(vision_model|multi_modal_projector)\.", r"model.\1."))
+    RENAME = (
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(vision_model|multi_modal_projector)\.", r"model.\1."),
+    )
 
-    def __init__(self, config: Settings, follow: str = "meta"):
+    def __init__(self, config: Settings):
         super().__init__()
-        text, vision = config["text_config"], config["vision_config"]
-        self.follow = follow                            # "meta" or "transformers": tokens before the first picture
-        self.image_token_id = either(config, "image_token_index", "image_token_id")
-        self.model = nn.ModuleDict({"vision_model": VisionTower(vision), "language_model": Decoder(text),
-                                    "multi_modal_projector": Linear(vision["vision_output_dim"], text["hidden_size"])})
+        # How tokens before the first picture are treated: "meta", as the weights were trained, or "transformers".
+        # Change it before any features are computed.
+        self.follow = "meta"
+        text = config["text_config"]
+        vision = config["vision_config"]
+        self.image_token_id = renamed_field(config, "image_token_index", "image_token_id")
+        self.model = nn.ModuleDict({
+            "vision_model": VisionTower(vision),
+            "language_model": Decoder(text),
+            "multi_modal_projector": Linear(vision["vision_output_dim"], text["hidden_size"]),
+        })
         self.lm_head = Linear(text["hidden_size"], text["vocab_size"], bias=False)
 
     @staticmethod
@@ -203,64 +273,112 @@ class Mllama(VLM):
         return MllamaProcessor(folder, config)
 
     @property
+    def follows_transformers(self) -> bool:
+        """What `follow` says; ValueError if it is neither of the two."""
+        if self.follow not in ("meta", "transformers"):
+            raise ValueError(f"follow is {self.follow!r}, not 'meta' or 'transformers'")
+        return self.follow == "transformers"
+
+    @property
     def tower(self) -> nn.ModuleDict:
-        """All that image features depend on."""
-        return nn.ModuleDict({name: self.model[name] for name in ("vision_model", "multi_modal_projector")})
+        return nn.ModuleDict({
+            "vision_model": self.model["vision_model"],
+            "multi_modal_projector": self.model["multi_modal_projector"],
+        })
 
     @property
     def decoder(self) -> nn.Module:
         return self.model["language_model"]
 
     def encode_images(self, pictures: list[Picture]) -> list[Tensor]:
-        """Features of each picture, (tiles L, H): of the tiles in use, or of all K to compare with transformers."""
-        found = []
-        for (_, rows, columns), group in groupby(pictures, key=lambda p: p.grid):
-            pixels = torch.stack([p.pixels for p in group])                               # (N, K, C, side, side)
-            for part in pixels.split(PICTURES_AT_ONCE):
-                x = self.model["vision_model"](part.to(self.device), (rows, columns), self.dtype)
-                x = x[:, :rows * columns] if self.follow == "meta" else x
-                found += self.model["multi_modal_projector"](x.flatten(1, 2)).unbind()    # (tiles L, H) each
-        return found
+        """Features of each picture, (tiles L, H): of the tiles in use, or of all K to compare with transformers.
 
-    def sight(self, batch: TiledBatch, features: list[Tensor]) -> Sight | None:
-        """What each token of `batch` sees; None without pictures."""
-        self.check_placeholders(batch, [1] * len(features))
+        `pictures` are sorted by arrangement; those of one arrangement go through the tower together.
+        """
+        features: list[Tensor] = []
+        tower = self.model["vision_model"]
+        projector = self.model["multi_modal_projector"]
+        features: list[Tensor] = []
+        for (_, rows, columns), group in groupby(pictures, key=lambda picture: picture.grid):
+            pixels = torch.stack([picture.pixels for picture in group])                   # (N, K, C, side, side)
+            for part in pixels.split(PICTURES_AT_ONCE):
+                x = tower(part.to(self.device), (rows, columns), self.dtype)              # (N, K, L, (1 + D) Dv)
+                if not self.follows_transformers:
+                    x = x[:, :rows * columns]                                             # (N, tiles, L, (1 + D) Dv)
+                x = projector(x.flatten(1, 2))                                            # (N, tiles L, H)
+                features += x.unbind()
+        return features
+
+    def cross_inputs(self, batch: TiledBatch, features: list[Tensor]) -> CrossInputs | None:
+        """What the cross-attention layers need of the batch's pictures; None without any. See `hidden`."""
+        self.check_placeholders(batch, [1] * len(features))                     # one placeholder a picture
         if not features:
             return None
-        states, owners, entries = [], [], iter(zip(features, batch.in_order))
-        for placed in batch.placed:
-            chosen = [next(entries) for _ in placed]
-            states.append(torch.cat([f for f, _ in chosen]) if chosen else features[0][:0])       # (S of the chat, H)
-            owners.append(self.owners([(len(f), p) for f, p in chosen]))
-        nobody = -1 - batch.sees.shape[2]
-        owner = pad_sequence(owners, batch_first=True, padding_value=nobody).to(self.device)      # (B, S)
-        seen = batch.sees.take_along_dim(owner.clamp(min=0)[:, None], 2) & (owner >= 0)[:, None]  # (B, T, S)
-        live = attends = batch.sees.any(2, keepdim=True)                                          # (B, T, 1)
-        if self.follow == "transformers":
-            own = (owner > nobody)[:, None]                                                       # (B, 1, S)
-            seen, attends = torch.where(live, seen, own), live | own.any(2, keepdim=True)
-        return Sight((seen | ~attends)[:, None], attends, live, pad_sequence(states, batch_first=True))
+        states, owner, in_use = self.picture_tokens(batch, features)
 
-    def owners(self, chosen: list[tuple[int, Picture]]) -> Tensor:
-        """Which of its pictures each of a chat's S picture tokens belongs to; -1 - j for j in tiles not in use."""
-        found = [torch.zeros(0, dtype=torch.long)]
-        for j, (length, picture) in enumerate(chosen):
-            used = self.model["vision_model"].tokens * picture.grid[1] * picture.grid[2]
-            found.append(torch.where(torch.arange(length) < used, j, -1 - j))
-        return torch.cat(found)
+        # A token attends to the tokens of the pictures that it sees, those of tiles not in use left out.
+        sees_owner = batch.sees.take_along_dim(owner.clamp(min=0)[:, None], 2)  # (B, T, I) -> (B, T, S)
+        seen = sees_owner & in_use[:, None]                                     # (B, T, S)
+        sees_any = batch.sees.any(2, keepdim=True)                              # (B, T, 1)
+        attends = sees_any
+        if self.follows_transformers:                   # a token that sees no picture attends to all of its chat's
+            is_own = (owner >= 0)[:, None]                                      # (B, 1, S)
+            seen = torch.where(sees_any, seen, is_own)
+            attends = sees_any | is_own.any(2, keepdim=True)
+        mask = (seen | ~attends)[:, None]                                       # (B, 1, T, S)
+        return CrossInputs(mask, attends, mlp_acts=sees_any, states=states)
+
+    def picture_tokens(self, batch: TiledBatch, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The pictures' tokens of each chat in one row, padded to S.
+
+        Returns their features (B, S, H); which of its chat's pictures each belongs to, (B, S), -1 on padding; and
+        whether its tile is in use, (B, S) bool.
+        """
+        pictures = batch.in_order
+        tokens_per_tile = self.model["vision_model"].tokens                     # L
+        states = []
+        owners = []
+        in_use = []
+        start = 0                                       # the chat's first picture among all
+        for placed in batch.placed:
+            chat_states = [features[0][:0]]             # nothing: a chat without pictures has a row too
+            chat_owners = [torch.zeros(0, dtype=torch.long)]
+            chat_in_use = [torch.zeros(0, dtype=torch.bool)]
+            for j in range(len(placed)):
+                _, rows, columns = pictures[start + j].grid
+                length = len(features[start + j])
+                chat_states.append(features[start + j])                         # (tiles L, H)
+                chat_owners.append(torch.full((length,), j))
+                chat_in_use.append(torch.arange(length) < rows * columns * tokens_per_tile)
+            states.append(torch.cat(chat_states))
+            owners.append(torch.cat(chat_owners))
+            in_use.append(torch.cat(chat_in_use))
+            start += len(placed)
+
+        padded_states = pad_sequence(states, batch_first=True)                                    # (B, S, H)
+        padded_owners = pad_sequence(owners, batch_first=True, padding_value=-1)                  # (B, S)
+        padded_in_use = pad_sequence(in_use, batch_first=True)                                    # (B, S)
+        return padded_states, padded_owners.to(self.device), padded_in_use.to(self.device)
 
     def hidden(self, batch: TiledBatch, features: list[Tensor],
                cache: list[LayerCache | CrossCache] | None = None) -> Tensor:
-        """Final hidden states (B, T, H); `features` holds one entry a picture, in the order of the prompts."""
-        return self.decoder(batch.input_ids, batch.position_ids[0], batch.tree, self.sight(batch, features), cache,
-                            self.dtype)
+        """Final hidden states (B, T, H); `features` holds (tiles L, H) a picture, in the order of the prompts."""
+        inputs = self.cross_inputs(batch, features)
+        positions = batch.position_ids[0]               # (B, T): all three axes are alike
+        return self.decoder(batch.input_ids, positions, batch.tree, inputs, cache, self.dtype)
 
     def step(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache | CrossCache]) -> Tensor:
-        """One token a row: tokens (R,), positions (R,) -> hidden states (R, H)."""
-        return self.decoder(tokens[:, None], positions[:, None], None, None, cache, self.dtype)[:, 0]
+        """One more token a row: tokens (R,), positions (R,) -> hidden states (R, H)."""
+        tokens = tokens[:, None]                        # (R, 1)
+        positions = positions[:, None]                  # (R, 1)
+        hidden = self.decoder(tokens, positions, None, None, cache, self.dtype)           # (R, 1, H)
+        return hidden[:, 0]
 
     def new_cache(self, prompts: Prompts, n: int) -> list[LayerCache | CrossCache]:
         """An empty cache for `n` samples of each of `prompts`, one entry a decoder layer."""
-        held = super().new_cache(prompts, n)
-        return [CrossCache(prompts.last[:, 0]) if isinstance(layer, CrossLayer) else cache
-                for layer, cache in zip(self.decoder.layers, held)]
+        cache: list[LayerCache | CrossCache] = list(super().new_cache(prompts, n))
+        for i, layer in enumerate(self.decoder.layers):
+            if isinstance(layer, CrossLayer):
+                # Prompts that share a row share its pictures: the first one's last token sees what all of them see.
+                cache[i] = CrossCache(prompts.last[:, 0])
+        return cache

@@ -9,8 +9,10 @@ What is peculiar to it:
 - The output joins the last state with the states at five depths, taken BEFORE the layers that
   `intermediate_layers_indices` names, interleaved so that a dimension's five values are neighbours.
 
+The structure and the names of modules are those of the published checkpoints, for they are the tensors' names.
+
 Letters: N pictures, K tiles, L patches of a tile with its class token (1601), L8 the same rounded up to a multiple of
-8, S tokens of all tiles (K L8), Dv tower width, nh heads, hd head width, D depths.
+8, S tokens of all tiles (K L8), U of them in use, Dv tower width, nh heads, hd head width, D depths.
 """
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import Settings, either
+from .checkpoint import Settings, renamed_field
 from .layers import Block, LayerNorm, Linear, attend
 
 NORM_EPS = 1e-5                             # of the tower's two outer norms: a constant of the architecture
@@ -30,33 +32,69 @@ class VisionLayer(Block):
 
     def __init__(self, c: Settings, gated: bool):
         super().__init__()
-        width, wide = c["hidden_size"], c["intermediate_size"]
-        self.heads = either(c, "attention_heads", "num_attention_heads")
-        self.self_attn = nn.ModuleDict({f"{n}_proj": Linear(width, width, bias=False) for n in "qkvo"})
-        self.mlp = nn.ModuleDict({"fc1": Linear(width, wide), "fc2": Linear(wide, width)})
+        width = c["hidden_size"]
+        self.heads = renamed_field(c, "attention_heads", "num_attention_heads")
+        self.gated = gated
+        self.self_attn = nn.ModuleDict({
+            "q_proj": Linear(width, width, bias=False),
+            "k_proj": Linear(width, width, bias=False),
+            "v_proj": Linear(width, width, bias=False),
+            "o_proj": Linear(width, width, bias=False),
+        })
+        self.mlp = nn.ModuleDict({
+            "fc1": Linear(width, c["intermediate_size"]),
+            "fc2": Linear(c["intermediate_size"], width),
+        })
         self.input_layernorm = LayerNorm(width, c["norm_eps"])
         self.post_attention_layernorm = LayerNorm(width, c["norm_eps"])
         if gated:
-            self.gate_attn, self.gate_ffn = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-
-    def attention(self, x: Tensor, used: int) -> Tensor:
-        """x: (N, S, Dv), its first `used` tokens in use -> (N, S, Dv)."""
-        q, k, v = (self.self_attn[f"{n}_proj"](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (N, nh, S, hd)
-                   for n in "qkv")
-        seen = attend(q[:, :, :used], k, v)
-        unused = attend(q[:, :, used:], k[:, :, :used], v[:, :, :used])
-        return self.self_attn["o_proj"](torch.cat((seen, unused), 2).transpose(1, 2).flatten(2))
+            self.gate_attn = nn.Parameter(torch.zeros(1))
+            self.gate_ffn = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, used: int) -> Tensor:
-        y = self.attention(self.input_layernorm(x), used)
-        x = x + (gate(self.gate_attn, y) if hasattr(self, "gate_attn") else y)
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.post_attention_layernorm(x))))
-        return x + (gate(self.gate_ffn, y) if hasattr(self, "gate_ffn") else y)
+        """x: (N, S, Dv), its first `used` tokens in use -> (N, S, Dv)."""
+        y = self.input_layernorm(x)
+        y = self.attention(y, used)
+        if self.gated:
+            y = gate(self.gate_attn, y)
+        x = x + y
+
+        y = self.post_attention_layernorm(x)
+        y = self.mlp["fc1"](y)                                              # (N, S, intermediate size)
+        y = F.gelu(y)
+        y = self.mlp["fc2"](y)                                              # (N, S, Dv)
+        if self.gated:
+            y = gate(self.gate_ffn, y)
+        return x + y
+
+    def attention(self, x: Tensor, used: int) -> Tensor:
+        """Tokens in use attend to all tokens, the others to those in use. x: (N, S, Dv) -> (N, S, Dv)."""
+        q = self.split_heads(self.self_attn["q_proj"](x))                   # (N, nh, S, hd)
+        k = self.split_heads(self.self_attn["k_proj"](x))
+        v = self.split_heads(self.self_attn["v_proj"](x))
+
+        q_used = q[:, :, :used]                                             # (N, nh, U, hd)
+        k_used = k[:, :, :used]
+        v_used = v[:, :, :used]
+        q_unused = q[:, :, used:]                                           # (N, nh, S - U, hd)
+        of_used = attend(q_used, k, v)                                      # (N, nh, U, hd)
+        of_unused = attend(q_unused, k_used, v_used)                        # (N, nh, S - U, hd)
+
+        y = torch.cat((of_used, of_unused), 2)                              # (N, nh, S, hd)
+        y = y.transpose(1, 2)                                               # (N, S, nh, hd)
+        y = y.flatten(2)                                                    # (N, S, Dv)
+        return self.self_attn["o_proj"](y)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(N, S, Dv) -> (N, nh, S, hd)."""
+        x = x.unflatten(-1, (self.heads, -1))                               # (N, S, nh, hd)
+        return x.transpose(1, 2)
 
 
 def gate(weight: Tensor, y: Tensor) -> Tensor:
     """tanh(weight) * y in the dtype of y."""
-    return weight.to(y.dtype).tanh() * y
+    weight = weight.to(y.dtype)
+    return weight.tanh() * y
 
 
 class TileEmbedding(nn.Module):
@@ -64,13 +102,15 @@ class TileEmbedding(nn.Module):
 
     def __init__(self, arrangements: int, tiles: int, width: int):
         super().__init__()
-        self.embedding = nn.Embedding(arrangements + 1, tiles * width)
+        self.embedding = nn.Embedding(arrangements + 1, tiles * width)      # aspect ratio id 0: no picture
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, ratio: int) -> Tensor:
-        """x: (N, K, tokens, Dv); ratio: the aspect ratio id."""
-        table = self.embedding.weight[ratio].to(x.dtype).view(x.shape[1], 1, -1)          # (K, 1, Dv)
-        return x + gate(self.gate, table)
+        """x: (N, K, tokens, Dv); ratio: the aspect ratio id -> the shape of x."""
+        K = x.shape[1]
+        vectors = self.embedding.weight[ratio].to(x.dtype)                  # (K Dv,)
+        vectors = vectors.view(K, 1, -1)                                    # (K, 1, Dv)
+        return x + gate(self.gate, vectors)
 
 
 class PositionEmbedding(nn.Module):
@@ -83,10 +123,13 @@ class PositionEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, ratio: int) -> Tensor:
-        """x: (N, K, L, Dv); ratio: the aspect ratio id."""
-        share = self.gate.to(x.dtype).tanh()
-        x = x + (1 - share) * self.embedding.to(x.dtype)
-        return x + share * self.tile_embedding.weight[ratio].to(x.dtype).view(x.shape[1:])
+        """x: (N, K, L, Dv); ratio: the aspect ratio id -> the shape of x."""
+        share = self.gate.to(x.dtype).tanh()                                # of the second vector
+        of_patch = self.embedding.to(x.dtype)                               # (L, Dv)
+        of_tile = self.tile_embedding.weight[ratio].to(x.dtype)             # (K L Dv,)
+        of_tile = of_tile.view(x.shape[1:])                                 # (K, L, Dv)
+        x = x + (1 - share) * of_patch
+        return x + share * of_tile
 
 
 class VisionTower(nn.Module):
@@ -94,55 +137,93 @@ class VisionTower(nn.Module):
 
     def __init__(self, c: Settings):
         super().__init__()
-        width, tiles, self.patch = c["hidden_size"], c["max_num_tiles"], c["patch_size"]
-        self.arrangements = [tuple(a) for a in c["supported_aspect_ratios"]]
+        width = c["hidden_size"]
+        tiles = c["max_num_tiles"]
+        self.patch = c["patch_size"]
+        self.arrangements = [tuple(arrangement) for arrangement in c["supported_aspect_ratios"]]
         self.depths = list(c["intermediate_layers_indices"])
-        self.tokens = (c["image_size"] // self.patch) ** 2 + 1
-        if c["hidden_act"] != "gelu" or c["vision_output_dim"] != width * (1 + len(self.depths)):
+        patches_a_side = c["image_size"] // self.patch
+        self.tokens = patches_a_side ** 2 + 1                               # L
+        self.padding = -self.tokens % ROUND_UP                              # L8 - L
+        output_width = width * (1 + len(self.depths))
+        if c["hidden_act"] != "gelu" or c["vision_output_dim"] != output_width:
             raise ValueError(f"vision_config: hidden_act {c['hidden_act']!r} is not 'gelu', or vision_output_dim "
                              f"{c['vision_output_dim']} is not (1 + {len(self.depths)}) * {width}")
-        self.patch_embedding = nn.Conv2d(c["num_channels"], width, self.patch, self.patch, bias=False)
+
+        self.patch_embedding = nn.Conv2d(
+            c["num_channels"],
+            width,
+            kernel_size=self.patch,
+            stride=self.patch,
+            bias=False,
+        )
         self.class_embedding = nn.Parameter(torch.zeros(width))
         count = len(self.arrangements)
         self.gated_positional_embedding = PositionEmbedding(count, tiles, self.tokens, width)
         self.pre_tile_positional_embedding = TileEmbedding(count, tiles, width)
         self.post_tile_positional_embedding = TileEmbedding(count, tiles, width)
-        self.layernorm_pre, self.layernorm_post = LayerNorm(width, NORM_EPS), LayerNorm(width, NORM_EPS)
-        self.transformer = nn.ModuleDict({"layers": nn.ModuleList(
-            VisionLayer(c, gated=False) for _ in range(c["num_hidden_layers"]))})
-        self.global_transformer = nn.ModuleDict({"layers": nn.ModuleList(
-            VisionLayer(c, gated=True) for _ in range(c["num_global_layers"]))})
+        self.layernorm_pre = LayerNorm(width, NORM_EPS)
+        self.layernorm_post = LayerNorm(width, NORM_EPS)
+        local_layers = [VisionLayer(c, gated=False) for _ in range(c["num_hidden_layers"])]
+        global_layers = [VisionLayer(c, gated=True) for _ in range(c["num_global_layers"])]
+        self.transformer = nn.ModuleDict({"layers": nn.ModuleList(local_layers)})
+        self.global_transformer = nn.ModuleDict({"layers": nn.ModuleList(global_layers)})
 
     def forward(self, pixels: Tensor, arrangement: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """pixels: (N, K, C, side, side), unused tiles 0; arrangement: (rows, columns) -> (N, K, L, (1 + D) Dv)."""
-        K, ratio = pixels.shape[1], 1 + self.arrangements.index(arrangement)
-        x = self.embed(pixels.to(dtype), ratio)                                           # (N, K, L8, Dv)
-        order, used = self.token_order(K, arrangement[0] * arrangement[1], x.device)
-        back = order.argsort()
-        x, states = x.flatten(1, 2)[:, order], []                                         # (N, S, Dv)
+        K = pixels.shape[1]
+        rows, columns = arrangement
+        ratio = 1 + self.arrangements.index(arrangement)                    # the aspect ratio id
+        order, used = self.token_order(K, rows * columns, pixels.device)    # (S,), U
+        back = order.argsort()                                              # (S,) the inverse permutation
+
+        x = self.embed(pixels.to(dtype), ratio)                             # (N, K, L8, Dv)
+        x = x.flatten(1, 2)                                                 # (N, S, Dv)
+        x = x[:, order]                                                     # tokens in use first
+        states = []
         for i, layer in enumerate(self.transformer["layers"]):
             if i in self.depths:
                 states.append(x)
             x = layer(x, used)
-        x = self.layernorm_post(x)[:, back].unflatten(1, (K, -1))                         # (N, K, L8, Dv)
-        x = self.post_tile_positional_embedding(x, ratio).flatten(1, 2)[:, order]         # (N, S, Dv)
+
+        x = self.layernorm_post(x)
+        x = x[:, back].unflatten(1, (K, -1))                                # (N, K, L8, Dv)
+        x = self.post_tile_positional_embedding(x, ratio)
+        x = x.flatten(1, 2)[:, order]                                       # (N, S, Dv)
         for layer in self.global_transformer["layers"]:
             x = layer(x, used)
-        x = torch.cat((x, torch.stack(states, -1).flatten(-2)), -1)                       # (N, S, (1 + D) Dv)
-        return x[:, back].unflatten(1, (K, -1))[:, :, :self.tokens]                       # (N, K, L, (1 + D) Dv)
+
+        at_depths = torch.stack(states, -1).flatten(-2)                     # (N, S, Dv D), D values a dimension
+        x = torch.cat((x, at_depths), -1)                                   # (N, S, (1 + D) Dv)
+        x = x[:, back].unflatten(1, (K, -1))                                # (N, K, L8, (1 + D) Dv)
+        return x[:, :, :self.tokens]                                        # (N, K, L, (1 + D) Dv)
 
     def embed(self, pixels: Tensor, ratio: int) -> Tensor:
-        """Patches, class token and positions, normed and filled up with zeros: (N, K, L8, Dv)."""
+        """Patches, class token and positions, normed and filled up with zeros: (N, K, L8, Dv).
+
+        pixels: (N, K, C, side, side); ratio: the aspect ratio id.
+        """
         N, K = pixels.shape[:2]
-        x = F.conv2d(pixels.flatten(0, 1), self.patch_embedding.weight.to(pixels.dtype), stride=self.patch)
-        x = x.flatten(2).mT.unflatten(0, (N, K))                                          # (N, K, L - 1, Dv)
+        kernel = self.patch_embedding.weight.to(pixels.dtype)
+        x = pixels.flatten(0, 1)                                            # (N K, C, side, side)
+        x = F.conv2d(x, kernel, stride=self.patch)                          # (N K, Dv, side / patch, side / patch)
+        x = x.flatten(2).mT                                                 # (N K, L - 1, Dv)
+        x = x.unflatten(0, (N, K))                                          # (N, K, L - 1, Dv)
+
         x = self.pre_tile_positional_embedding(x, ratio)
-        first = self.class_embedding.to(x.dtype).expand(N, K, 1, -1)
-        x = self.gated_positional_embedding(torch.cat((first, x), 2), ratio)              # (N, K, L, Dv)
-        return F.pad(self.layernorm_pre(x), (0, 0, 0, -self.tokens % ROUND_UP))
+        class_token = self.class_embedding.to(x.dtype)                      # (Dv,)
+        class_token = class_token.expand(N, K, 1, -1)                       # (N, K, 1, Dv)
+        x = torch.cat((class_token, x), 2)                                  # (N, K, L, Dv)
+        x = self.gated_positional_embedding(x, ratio)
+        x = self.layernorm_pre(x)
+        return F.pad(x, (0, 0, 0, self.padding))                            # (N, K, L8, Dv)
 
     def token_order(self, tiles: int, used_tiles: int, device: torch.device) -> tuple[Tensor, int]:
-        """The S tokens with those in use first, and how many these are."""
-        index = torch.arange(self.tokens + -self.tokens % ROUND_UP, device=device) < self.tokens
-        used = (torch.arange(tiles, device=device) < used_tiles)[:, None] & index         # (K, L8)
-        return used.flatten().logical_not().long().argsort(stable=True), used_tiles * self.tokens
+        """(S,) the tokens with those in use first, and how many these are, U."""
+        token = torch.arange(self.tokens + self.padding, device=device)
+        tile = torch.arange(tiles, device=device)
+        tile_unused = tile >= used_tiles                                    # (K,)
+        token_unused = token >= self.tokens                                 # (L8,)
+        unused = tile_unused[:, None] | token_unused                        # (K, L8)
+        order = unused.flatten().long().argsort(stable=True)                # (S,), in use (0) before unused (1)
+        return order, used_tiles * self.tokens

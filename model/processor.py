@@ -1,9 +1,11 @@
-"""Chats to tensors: the chat formats, the tokenizer and positions, by hand.
+"""Chats to token ids, positions and pictures: the published chat templates, by hand.
 
     [{"role": "user", "content": [{"type": "image", "image": PIL.Image}, {"type": "text", "text": "..."}]}]
 
-Control tokens are inserted by number; everything between two of them is encoded as one string in which special tokens
-are plain text, so that a question that spells "<|im_end|>" cannot end its turn.
+A chat becomes parts first (`layout`): control ids, texts and pictures in the order of the prompt. Control tokens are
+inserted by number; everything between two of them is encoded as one string in which special tokens are plain text, so
+that a question that spells "<|im_end|>" cannot end its turn. A picture becomes one placeholder for each feature vector
+that the model will put there (Mllama: one in all).
 
 Letters: T tokens of a chat, I pictures of it.
 """
@@ -18,7 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from .batch import Batch, Row, TiledBatch, collate
-from .checkpoint import Settings, either, read_settings
+from .checkpoint import Settings, read_settings, renamed_field
 from .images import MllamaImages, Picture, QwenImages
 
 __all__ = ["Batch", "Chat", "MllamaProcessor", "Picture", "Processor", "Qwen25Processor", "QwenProcessor", "Row",
@@ -26,21 +28,23 @@ __all__ = ["Batch", "Chat", "MllamaProcessor", "Picture", "Processor", "Qwen25Pr
 
 Chat = list[dict]
 Part = int | str | Image.Image                          # a control id, a text between two of them, a picture
-Span = tuple[int, Picture]                              # where a picture's placeholders start
+Turn = tuple[str, list[str | Image.Image]]              # a role and what it says
+Span = tuple[int, Picture]                              # the column where a picture's placeholders start; the picture
+ENCODED_TEXTS = 65536                                   # the encodings that are kept: rubrics and roles come again
 
 
 class Processor:
-    """What the families share; each has its `layout` of control ids, texts and pictures, and its own positions."""
+    """What the families share. A family adds its `layout` and, in `make_row`, its positions."""
 
-    images: Callable[[Image.Image], Picture]
-    image_id: int
+    images: Callable[[Image.Image], Picture]            # the picture's preprocessing
+    image_id: int                                       # the placeholder of pictures
     pad_id: int
-    never_sampled: list[int]                            # placeholders: meaningless, and fatal on the way back
+    never_sampled: list[int]                            # placeholders: an answer with one could not be read back
 
     def __init__(self, folder: Path):
         self.tokenizer = load_tokenizer(folder)
         self.vocabulary = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        self.encode = lru_cache(maxsize=65536)(self._encode)
+        self.encode = lru_cache(maxsize=ENCODED_TEXTS)(self._encode)
 
     def __call__(self, chats: list[Chat], add_generation_prompt: bool = True, first: int = 0) -> Batch:
         """Tokenize and preprocess `chats`; with `add_generation_prompt` each ends where the assistant begins.
@@ -48,31 +52,40 @@ class Processor:
         A malformed message is a ValueError that names the chat's number, counted from `first`.
         """
         pictures: dict[str, Picture] = {}
-        return collate(self.rows(chats, pictures, add_generation_prompt, first), pictures, self.pad_id)
+        rows = self.rows(chats, pictures, add_generation_prompt, first)
+        return collate(rows, pictures, self.pad_id)
 
     def rows(self, chats: list[Chat], pictures: dict[str, Picture], add_generation_prompt: bool = True,
              first: int = 0) -> list[Row]:
-        """One Row a chat; preprocessed pictures are added to `pictures` by key. One PIL object is processed once."""
-        seen: dict[int, Picture] = {}
+        """One Row a chat; the preprocessed pictures are added to `pictures` by key.
+
+        A PIL image that stands in several chats is preprocessed once.
+        """
+        preprocessed: dict[int, Picture] = {}           # by the id() of the PIL image
         rows = []
         for number, chat in enumerate(chats, first):
             try:
-                rows.append(self._row(chat, seen, add_generation_prompt))
+                parts = self.layout(chat, add_generation_prompt)
+                rows.append(self._encode_parts(parts, preprocessed))
             except ValueError as error:
                 raise ValueError(f"chat {number}: {error}") from None
-        pictures.update((p.key, p) for p in seen.values())
+        for picture in preprocessed.values():
+            pictures[picture.key] = picture
         return rows
 
-    def _row(self, chat: Chat, seen: dict[int, Picture], add_generation_prompt: bool) -> Row:
+    def _encode_parts(self, parts: list[Part], preprocessed: dict[int, Picture]) -> Row:
+        """Texts to ids, pictures to placeholders."""
         ids: list[int] = []
         spans: list[Span] = []
-        for part in self.layout(chat, add_generation_prompt):
+        for part in parts:
             if isinstance(part, int):
                 ids.append(part)
             elif isinstance(part, str):
                 ids.extend(self.encode(part))
             else:
-                picture = seen.get(id(part)) or seen.setdefault(id(part), self.images(part))
+                if id(part) not in preprocessed:
+                    preprocessed[id(part)] = self.images(part)
+                picture = preprocessed[id(part)]
                 spans.append((len(ids), picture))
                 ids.extend([self.image_id] * picture.tokens)
         return self.make_row(ids, spans)
@@ -91,11 +104,12 @@ class Processor:
     @cached_property
     def digits(self) -> list[list[int]]:
         """The ids of the tokens that are numbers, by their first digit: some tokenizers have a token for "85"."""
-        found: list[list[int]] = [[] for _ in range(10)]
+        ids: list[list[int]] = [[] for _ in range(10)]
         for token, number in self.tokenizer.get_vocab().items():
             if token.isascii() and token.isdigit():
-                found[int(token[0])].append(number)
-        return found
+                first_digit = int(token[0])
+                ids[first_digit].append(number)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens."""
@@ -109,16 +123,25 @@ class QwenProcessor(Processor):
     """
 
     DEFAULT_SYSTEM: str | None = None
+    images: QwenImages
 
     def __init__(self, folder: Path, config: Settings):
         super().__init__(folder)
         self.images = QwenImages(folder)
         self.image_id = config["image_token_id"]
-        self.vision_start_id, self.vision_end_id = config["vision_start_token_id"], config["vision_end_token_id"]
-        self.turn_start_id, self.turn_end_id, vision_pad_id, self.pad_id = (
-            token_id(self.tokenizer, t) for t in ("<|im_start|>", "<|im_end|>", "<|vision_pad|>", "<|endoftext|>"))
-        self.never_sampled = [self.vision_start_id, self.vision_end_id, vision_pad_id, self.image_id,
-                              config["video_token_id"]]
+        self.vision_start_id = config["vision_start_token_id"]
+        self.vision_end_id = config["vision_end_token_id"]
+        self.turn_start_id = token_id(self.tokenizer, "<|im_start|>")
+        self.turn_end_id = token_id(self.tokenizer, "<|im_end|>")
+        vision_pad_id = token_id(self.tokenizer, "<|vision_pad|>")
+        self.pad_id = token_id(self.tokenizer, "<|endoftext|>")
+        self.never_sampled = [
+            self.vision_start_id,
+            self.vision_end_id,
+            vision_pad_id,
+            self.image_id,
+            config["video_token_id"],
+        ]
 
     @property
     def min_pixels(self) -> int:
@@ -139,12 +162,15 @@ class QwenProcessor(Processor):
     def _set_limits(self, low: int, high: int) -> None:
         if not 0 < low <= high:
             raise ValueError(f"pixel limits must satisfy 0 < min_pixels <= max_pixels, not {low} and {high}")
-        self.images.min_pixels, self.images.max_pixels = low, high
+        self.images.min_pixels = low
+        self.images.max_pixels = high
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
         """<|im_start|>ROLE newline CONTENT<|im_end|> newline, turn after turn."""
-        if self.DEFAULT_SYSTEM is not None and (not chat or chat[0].get("role") != "system"):
+        brings_system = bool(chat) and chat[0].get("role") == "system"
+        if self.DEFAULT_SYSTEM is not None and not brings_system:
             chat = [{"role": "system", "content": self.DEFAULT_SYSTEM}, *chat]
+
         parts: list[Part] = []
         for message in chat:
             parts += [self.turn_start_id, message_role(message) + "\n"]
@@ -154,11 +180,15 @@ class QwenProcessor(Processor):
                 else:
                     add_text(parts, value)
             parts += [self.turn_end_id, "\n"]
-        return parts + ([self.turn_start_id, "assistant\n"] if add_generation_prompt else [])
+        if add_generation_prompt:
+            parts += [self.turn_start_id, "assistant\n"]
+        return parts
 
     def make_row(self, ids: list[int], spans: list[Span]) -> Row:
-        positions = mrope_positions(len(ids), spans, self.images.merge)
-        return Row(ids, positions, [picture.key for _, picture in spans])
+        """The row with M-RoPE positions."""
+        positions = mrope_positions(len(ids), spans, self.images.merge)                   # (3, T)
+        picture_keys = [picture.key for _, picture in spans]
+        return Row(ids, positions, picture_keys)
 
 
 class Qwen25Processor(QwenProcessor):
@@ -178,60 +208,105 @@ class MllamaProcessor(Processor):
 
     def __init__(self, folder: Path, config: Settings, date: str = "26 Jul 2024"):
         super().__init__(folder)
-        self.images, self.date = MllamaImages(folder), date
-        self.image_id = either(config, "image_token_index", "image_token_id")
-        self.begin_id, self.header_start_id, self.header_end_id, self.turn_end_id, self.pad_id = (
-            token_id(self.tokenizer, t) for t in ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-                                                  "<|eot_id|>", "<|finetune_right_pad_id|>"))
+        self.images = MllamaImages(folder)
+        self.date = date
+        self.image_id = renamed_field(config, "image_token_index", "image_token_id")
+        self.begin_id = token_id(self.tokenizer, "<|begin_of_text|>")
+        self.header_start_id = token_id(self.tokenizer, "<|start_header_id|>")
+        self.header_end_id = token_id(self.tokenizer, "<|end_header_id|>")
+        self.turn_end_id = token_id(self.tokenizer, "<|eot_id|>")
+        self.pad_id = token_id(self.tokenizer, "<|finetune_right_pad_id|>")
         self.never_sampled = [self.image_id]
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
         """<|begin_of_text|>, then <|start_header_id|>ROLE<|end_header_id|> two newlines CONTENT<|eot_id|> a turn."""
         turns = [(message_role(message), message_parts(message)) for message in chat]
-        pictured = any(isinstance(part, Image.Image) for _, content in turns for part in content)
-        own_system = bool(turns) and turns[0][0] == "system"
-        if own_system or not pictured:
-            told = turns.pop(0)[1] if own_system else []
-            if any(isinstance(part, Image.Image) for part in told):
-                raise ValueError("a system message cannot hold pictures")
-            turns.insert(0, ("system", [self.KNOWLEDGE.format(date=self.date) + "".join(told).strip()]))
         parts: list[Part] = [self.begin_id]
-        for role, content in turns:
-            parts += [self.header_start_id, role, self.header_end_id, "\n\n"]
+        for role, content in self._with_system_block(turns):
+            parts += self._header(role)
             for value in content:
-                add_text(parts, value) if isinstance(value, str) else parts.append(value)
+                if isinstance(value, str):
+                    add_text(parts, value)
+                else:
+                    parts.append(value)
             parts.append(self.turn_end_id)
-        opening = [self.header_start_id, "assistant", self.header_end_id, "\n\n"]
-        return parts + (opening if add_generation_prompt else [])
+        if add_generation_prompt:
+            parts += self._header("assistant")
+        return parts
+
+    def _header(self, role: str) -> list[Part]:
+        return [self.header_start_id, role, self.header_end_id, "\n\n"]
+
+    def _with_system_block(self, turns: list[Turn]) -> list[Turn]:
+        """The turns, after a system block where the template wants one (see the class)."""
+        own_system = bool(turns) and turns[0][0] == "system"
+        if not own_system and any(has_picture(content) for _, content in turns):
+            return turns
+        system_text = self.KNOWLEDGE.format(date=self.date)
+        if own_system:
+            _, content = turns[0]
+            turns = turns[1:]
+            if has_picture(content):
+                raise ValueError("a system message cannot hold pictures")
+            system_text += "".join(content).strip()
+        return [("system", [system_text]), *turns]
 
     def make_row(self, ids: list[int], spans: list[Span]) -> Row:
-        """A picture is seen from its placeholder up to the next one; neighbours in a run up to the end of the last."""
-        sees, starts, end = np.zeros((len(ids), len(spans)), bool), [start for start, _ in spans], len(ids)
+        """The row with positions that count tokens, and with what each token sees of the pictures.
+
+        A picture is seen from its placeholder up to the next picture's. Pictures without anything between them form a
+        run: each of the run is seen up to the end of the last one.
+
+            tokens     <a>  what  <b>  <c>  differs  ?
+            sees a      x    x
+            sees b                 x    x     x      x
+            sees c                      x     x      x
+        """
+        starts = [start for start, _ in spans]
+        sees = np.zeros((len(ids), len(spans)), bool)                                     # (T, I)
+        end = len(ids)                                  # the column from which the run of picture j is seen no more
         for j in reversed(range(len(starts))):
-            if j + 1 < len(starts) and starts[j + 1] > starts[j] + 1:
+            has_next = j + 1 < len(starts)
+            if has_next and starts[j + 1] > starts[j] + 1:              # something stands between: a run ends with j
                 end = starts[j + 1]
             sees[starts[j]:end, j] = True
-        positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
-        return Row(ids, positions, [picture.key for _, picture in spans], sees)
+
+        positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids)))                   # (3, T), all axes alike
+        picture_keys = [picture.key for _, picture in spans]
+        return Row(ids, positions, picture_keys, sees)
 
 
-def mrope_positions(length: int, spans: list[tuple[int, Picture]], merge: int) -> np.ndarray:
-    """M-RoPE positions of one row: (3, length) of time, height and width.
+def mrope_positions(length: int, spans: list[Span], merge: int) -> np.ndarray:
+    """M-RoPE positions of one row: (3, T) of time, height and width.
 
-    Text advances all axes together. A picture's token (t, r, c) lies at (n + t, n + r, n + c), and the text after it
-    goes on at n + max(rows, columns).
+    Text advances all axes together. A picture's token in frame t, row r, column c lies at (n + t, n + r, n + c), n
+    being the position that a text token would have there, and the text after it goes on at n + max(rows, columns):
+
+        tokens    a  b  [a picture of 2 rows and 3 columns]  c  d
+        time      0  1       2    2    2    2    2    2      5  6
+        height    0  1       2    2    2    3    3    3      5  6
+        width     0  1       2    3    4    2    3    4      5  6
     """
-    positions, done, n = np.empty((3, length), np.int64), 0, 0
+    positions = np.empty((3, length), np.int64)
+    column = 0                                          # the first column that has no position yet
+    n = 0                                               # its position, if it is a text token
     for start, picture in spans:
-        positions[:, done:start] = n + np.arange(start - done)
-        n += start - done
-        t, rows, cols = picture.grid[0], picture.grid[1] // merge, picture.grid[2] // merge
-        positions[:, start:start + picture.tokens] = n + np.indices((t, rows, cols)).reshape(3, -1)
-        n += max(rows, cols)
-        done = start + picture.tokens
-    positions[:, done:] = n + np.arange(length - done)
+        text_length = start - column
+        positions[:, column:start] = n + np.arange(text_length)
+        n += text_length
+
+        frames, h, w = picture.grid                     # in patches; merge x merge of them are one token
+        rows = h // merge
+        columns = w // merge
+        stop = start + picture.tokens
+        positions[:, start:stop] = n + np.indices((frames, rows, columns)).reshape(3, -1)
+        n += max(rows, columns)
+        column = stop
+    positions[:, column:] = n + np.arange(length - column)
     return positions
 
+
+# ---- chats as Hugging Face writes them
 
 def add_text(parts: list[Part], text: str) -> None:
     """Append `text`, as one string with a text before it."""
@@ -239,6 +314,10 @@ def add_text(parts: list[Part], text: str) -> None:
         parts[-1] += text
     else:
         parts.append(text)
+
+
+def has_picture(content: list[str | Image.Image]) -> bool:
+    return any(isinstance(value, Image.Image) for value in content)
 
 
 def message_role(message: dict) -> str:
@@ -257,15 +336,20 @@ def message_parts(message: dict) -> list[str | Image.Image]:
     parts: list[str | Image.Image] = []
     for part in content or ():
         kind = part.get("type")
-        if kind not in ("text", "image") or not isinstance(part.get(kind), str if kind == "text" else Image.Image):
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif kind == "image" and isinstance(part.get("image"), Image.Image):
+            parts.append(part["image"])
+        else:
             raise ValueError(f"content must be text or a PIL image, not {part!r:.80}")
-        parts.append(part[kind])
     return parts
 
 
+# ---- the tokenizer
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json of `folder`, set to read special tokens inside a text as plain text."""
-    read_settings(folder, "tokenizer.json")["model"]    # absent, cut short or something else: a sentence that says so
+    read_settings(folder, "tokenizer.json")["model"]    # a clear error if it is absent, cut short or something else
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -8,7 +8,10 @@ What is peculiar to the family:
 - q, k and v have biases and no norm; the head width is hidden size / heads.
 - Published config.json files are flat: the fields of the language model stand at the top.
 
-Letters: N patches of all pictures, M = N / 4 merged tokens (cells), Dv tower width; B, T, H, R as in layers.py.
+The structure and the names of modules are those of the published checkpoints, for they are the tensors' names.
+
+Letters: N patches of all pictures, p patch side in pixels, M = N / 4 cells of 2 x 2 patches, each of which is merged to
+one token, Dv tower width, hd head width; B rows, T tokens of a row, H hidden size.
 """
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Settings, either, rope_settings
+from .checkpoint import Settings, renamed_field, rope_settings
 from .layers import (
     Block,
     DecoderLayer,
@@ -34,7 +37,7 @@ from .layers import (
     vision_rope,
 )
 from .processor import Batch, Qwen25Processor
-from .vlm import QwenVL
+from .vlm import QwenVL, frame_lengths
 
 VISION_ROPE_THETA = 10000.0                                         # not in config.json: a constant of the architecture
 VISION_NORM_EPS = 1e-6                                              # likewise
@@ -46,83 +49,132 @@ class VisionBlock(Block):
     def __init__(self, c: Settings):
         super().__init__()
         width = c["hidden_size"]
-        self.norm1, self.norm2 = RMSNorm(width, VISION_NORM_EPS), RMSNorm(width, VISION_NORM_EPS)
+        self.norm1 = RMSNorm(width, VISION_NORM_EPS)
+        self.norm2 = RMSNorm(width, VISION_NORM_EPS)
         self.attn = VisionAttention(width, c["num_heads"])
         self.mlp = SwiGLU(width, c["intermediate_size"], bias=True)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
+        """x: (N, Dv); `lengths`: patches of each frame or window, inside which attention stays -> (N, Dv)."""
         x = x + self.attn(self.norm1(x), rope, lengths)
         return x + self.mlp(self.norm2(x))
 
 
 class PatchMerger(nn.Module):
-    """Norm each patch, then four neighbouring patches to one token."""
+    """Norm each patch, then four neighbouring patches, which lie next to each other in the sequence, to one token."""
 
     def __init__(self, c: Settings):
         super().__init__()
-        self.wide = c["hidden_size"] * c["spatial_merge_size"] ** 2
+        self.wide = c["hidden_size"] * c["spatial_merge_size"] ** 2         # 4 Dv
         self.ln_q = RMSNorm(c["hidden_size"], VISION_NORM_EPS)
-        self.mlp = nn.Sequential(Linear(self.wide, self.wide), nn.GELU(), Linear(self.wide, c["out_hidden_size"]))
+        self.mlp = nn.Sequential(
+            Linear(self.wide, self.wide),
+            nn.GELU(),
+            Linear(self.wide, c["out_hidden_size"]),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.wide))                   # (M, 4 Dv) -> (M, H)
+        """(N, Dv) -> (M, H)."""
+        x = self.ln_q(x)                                                    # (N, Dv)
+        x = x.view(-1, self.wide)                                           # (M, 4 Dv)
+        return self.mlp(x)                                                  # (M, H)
 
 
 class VisionTower(nn.Module):
-    """Patches of one or many pictures -> image tokens."""
+    """Patches of one or many pictures -> image tokens.
+
+    A layer attends inside windows, except those in `full`, which attend inside whole frames.
+    """
 
     def __init__(self, c: Settings):
         super().__init__()
         if c["hidden_act"] != "silu":
             raise ValueError(f"vision_config.hidden_act is {c['hidden_act']!r}; only 'silu' is known")
-        self.merge, self.head_dim = c["spatial_merge_size"], c["hidden_size"] // c["num_heads"]
+        self.merge = c["spatial_merge_size"]
+        self.head_dim = c["hidden_size"] // c["num_heads"]
         self.window = c["window_size"] // (c["patch_size"] * self.merge)    # edge of a window, in cells
         self.full = frozenset(c["fullatt_block_indexes"])
-        self.patch_embed = PatchEmbed(either(c, "in_channels", "in_chans"), c["temporal_patch_size"], c["patch_size"],
-                                      c["hidden_size"], bias=False)
+        channels = renamed_field(c, "in_channels", "in_chans")
+        self.patch_embed = PatchEmbed(
+            channels,
+            c["temporal_patch_size"],
+            c["patch_size"],
+            c["hidden_size"],
+            bias=False,
+        )
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c["depth"]))
         self.merger = PatchMerger(c)
 
     def forward(self, pixels: Tensor, grids: list[Grid], dtype: torch.dtype) -> Tensor:
         """pixels: (N, channels * frames * p * p); grids: (t, h, w) in patches -> (M, H) in `dtype`.
 
-        Patches lie frame after frame for the full layers and window after window for the others; whatever else a layer
+        Patches lie frame after frame for the full layers and window after window for the others. Whatever else a layer
         does is the same for every patch, so they are reordered only where the kind of attention changes.
         """
-        rows, cols = patch_coordinates(grids, self.merge, pixels.device)
-        rope = vision_rope(rows, cols, self.head_dim, VISION_ROPE_THETA)
-        frames = [h * w for t, h, w in grids for _ in range(t)]
-        order, windows = self.window_order(grids, pixels.device)
-        back = order.argsort()
-        window_rope = rope[0][order], rope[1][order]
-        x, windowed = self.patch_embed(pixels.to(dtype)), False             # (N, Dv)
-        for layer, block in enumerate(self.blocks):
-            if windowed != (layer not in self.full):
-                windowed = not windowed
-                x = x[order if windowed else back]
-            x = block(x, window_rope, windows) if windowed else block(x, rope, frames)
-        return self.merger(x[back] if windowed else x)
+        rows, cols = patch_coordinates(grids, self.merge, pixels.device)    # (N,) each
+        cos, sin = vision_rope(rows, cols, self.head_dim, VISION_ROPE_THETA)        # (N, 1, hd / 2) each
+        frames = frame_lengths(grids)
+        to_windows, windows = self.window_order(grids, pixels.device)
+        to_frames = to_windows.argsort()                                    # (N,) the inverse permutation
+        window_rope = cos[to_windows], sin[to_windows]
+
+        x = self.patch_embed(pixels.to(dtype))                              # (N, Dv)
+        in_windows = False                                                  # how the rows of x lie now
+        for i, block in enumerate(self.blocks):
+            if i in self.full:
+                if in_windows:
+                    x = x[to_frames]
+                    in_windows = False
+                x = block(x, (cos, sin), frames)
+            else:
+                if not in_windows:
+                    x = x[to_windows]
+                    in_windows = True
+                x = block(x, window_rope, windows)
+        if in_windows:
+            x = x[to_frames]
+        return self.merger(x)                                               # (M, H)
 
     def window_order(self, grids: list[Grid], device: torch.device) -> tuple[Tensor, list[int]]:
-        """The patches (N,) window after window, and the windows' lengths; the smallest windows come first, so that
-        those of one size share an attention call. The four patches of a cell stay together."""
-        window, size, area = *self.windows(grids), self.merge ** 2
-        cells = torch.argsort(size * len(window) + window, stable=True)     # by size, then window, then raster
-        lengths = (window[cells].unique_consecutive(return_counts=True)[1] * area).tolist()
-        return (cells[:, None] * area + torch.arange(area)).flatten().to(device), lengths                  # (N,)
+        """(N,) the patches window after window, and the windows' lengths.
+
+        The smallest windows come first, so that those of one size share an attention call. The four patches of a cell
+        stay together.
+        """
+        window, size = self.windows(grids)                                  # (M,) each
+        sort_key = size * len(window) + window                              # by size, then by window
+        cells = torch.argsort(sort_key, stable=True)                        # (M,), raster order inside a window
+        _, cells_per_window = window[cells].unique_consecutive(return_counts=True)
+
+        area = self.merge ** 2                                              # patches of a cell
+        patches = cells[:, None] * area + torch.arange(area)                # (M, 4)
+        lengths = (cells_per_window * area).tolist()
+        return patches.flatten().to(device), lengths
 
     def windows(self, grids: list[Grid]) -> tuple[Tensor, Tensor]:
-        """For every cell, picture after picture, frame after frame, in raster order: the number of its window and how
-        many cells that has, (M,) each. Windows are numbered in the same order."""
-        numbers, sizes = [], []
-        for t, h, w in grids:
-            row = torch.arange(h // self.merge) // self.window              # a row of cells lies in this row of windows
-            col = torch.arange(w // self.merge) // self.window
+        """The number of each cell's window, and how many cells that window has: (M,) each.
+
+        Cells are ordered picture after picture, frame after frame, in raster order; windows are numbered in the same
+        order. A frame of 3 x 5 cells, in windows of 2 x 2:
+
+            numbers  0 0 1 1 2      sizes  4 4 4 4 2
+                     0 0 1 1 2             4 4 4 4 2
+                     3 3 4 4 5             2 2 2 2 1
+        """
+        numbers = []
+        sizes = []
+        begun = 0                                                           # windows of the frames before
+        for frames, h, w in grids:
+            row = torch.arange(h // self.merge) // self.window              # the row of windows of a row of cells
+            col = torch.arange(w // self.merge) // self.window              # the column of windows of a column of cells
             number = row[:, None] * (1 + col[-1]) + col                     # (rows, cols)
-            size = row.bincount()[row][:, None] * col.bincount()[col]       # (rows, cols)
-            for _ in range(t):
-                numbers.append(number.flatten() + (1 + numbers[-1].max() if numbers else 0))
+            heights = row.bincount()                                        # cells from top to bottom of each window
+            widths = col.bincount()
+            size = heights[row][:, None] * widths[col]                      # (rows, cols)
+            for _ in range(frames):
+                numbers.append(begun + number.flatten())
                 sizes.append(size.flatten())
+                begun = 1 + int(numbers[-1].max())
         return torch.cat(numbers), torch.cat(sizes)
 
 
@@ -130,30 +182,50 @@ class Decoder(MRopeDecoder):
     """The language model."""
 
     def __init__(self, c: Settings):
-        hidden, heads, eps = c["hidden_size"], c["num_attention_heads"], c["rms_norm_eps"]
         if c["hidden_act"] != "silu" or c.get("use_sliding_window"):
             raise ValueError("config.json asks for another activation than silu, or for a sliding window")
         theta, scaling = rope_settings(c)
-        layers = [DecoderLayer(SelfAttention(hidden, heads, c["num_key_value_heads"], hidden // heads, bias=True),
-                               hidden, c["intermediate_size"], eps) for _ in range(c["num_hidden_layers"])]
-        super().__init__(c["vocab_size"], hidden, layers, eps, theta, hidden // heads)
-        self.sections = scaling["mrope_section"]
+        head_dim = c["hidden_size"] // c["num_attention_heads"]
+        layers = [self.make_layer(c, head_dim) for _ in range(c["num_hidden_layers"])]
+        super().__init__(c["vocab_size"], c["hidden_size"], layers, c["rms_norm_eps"], theta, head_dim)
+        self.sections = scaling["mrope_section"]        # frequencies of a head for time, height and width
+
+    @staticmethod
+    def make_layer(c: Settings, head_dim: int) -> DecoderLayer:
+        """A decoder layer; q, k and v have biases and no norm."""
+        hidden = c["hidden_size"]
+        attention = SelfAttention(
+            hidden,
+            c["num_attention_heads"],
+            c["num_key_value_heads"],
+            head_dim,
+            bias=True,
+        )
+        return DecoderLayer(attention, hidden, c["intermediate_size"], c["rms_norm_eps"])
 
     def axes(self, j: Tensor) -> Tensor:
-        """Sectioned: the first section[0] frequencies turn with time, the next section[1] with height, then width."""
+        """Sectioned: the first section[0] frequencies turn with time, the next section[1] with height, then width.
+
+        j: (hd / 2,) -> (hd / 2,), 0 time, 1 height, 2 width. Sections of 2, 3 and 3 give T T H H H W W W.
+        """
         time, height, _ = self.sections
-        return (j >= time).long() + (j >= time + height).long()
+        beyond_time = (j >= time).long()
+        beyond_height = (j >= time + height).long()
+        return beyond_time + beyond_height
 
 
 class Qwen25VL(QwenVL):
-    """The whole model. In memory the names are those of newer files; published ones say `visual` and `model`."""
+    """The whole model. Parameters have the names of newer files: `model.visual` for the `visual` of the published
+    files, and `model.language_model` for their `model`."""
 
     RENAME = ((r"^visual\.", "model.visual."), (r"^model\.(?!language_model\.|visual\.)", "model.language_model."))
 
     def __init__(self, config: Settings):
         text = config.get("text_config", config)
-        said = [c["tie_word_embeddings"] for c in (config, text) if "tie_word_embeddings" in c]
-        tied = any(said) if said else config["tie_word_embeddings"]         # re-saved files may say it in either place
+        if "tie_word_embeddings" in text:               # a file that was saved again may have it in either place
+            tied = text["tie_word_embeddings"] or config.get("tie_word_embeddings", False)
+        else:
+            tied = config["tie_word_embeddings"]
         super().__init__(config, VisionTower(config["vision_config"]), Decoder(text), tied)
 
     @staticmethod
@@ -162,5 +234,6 @@ class Qwen25VL(QwenVL):
 
     def hidden(self, batch: Batch, features: list[Tensor], cache: list[LayerCache] | None = None) -> Tensor:
         """Final hidden states (B, T, H); `features` holds (its tokens, H) a picture, in the order of the prompts."""
-        x, _ = self.embed(batch, features, torch.cat(features) if features else None)
+        image_tokens = torch.cat(features) if features else None                          # (M, H)
+        x, _ = self.embed(batch, features, image_tokens)                                  # (B, T, H)
         return self.decoder(x, batch.position_ids, batch.tree, cache)

@@ -1,8 +1,14 @@
 """What every model family is, seen from outside: hidden states, logits, image features that are computed once.
 
-A family (qwen3_vl.py, ...) supplies `tower`, `decoder`, `encode_images`, `hidden`, `step` and `make_processor`; QwenVL
-holds what Qwen's generations share of these.
-Letters: B rows, T tokens, H hidden size, V vocabulary, M image tokens of all pictures, R rows while sampling.
+A family (qwen3_vl.py, ...) supplies the methods that VLM leaves open; QwenVL holds what Qwen's generations share of
+them. A prompt goes this way:
+
+    features = vlm.image_features(batch)        the tower, once for each picture
+    hidden = vlm.hidden(batch, features)        the decoder: (B, T, H)
+    logits = vlm.logits(hidden)                 the head: (B, T, V)
+
+Letters: B rows, T tokens, H hidden size, V vocabulary, N patches and M image tokens of all pictures, G rows of prompts
+with up to m prompts each, n samples a prompt, R = G m n rows while sampling, D as in qwen3_vl.py.
 """
 from __future__ import annotations
 
@@ -17,8 +23,8 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .checkpoint import Settings
-from .layers import LayerCache, Linear, linear
-from .processor import Picture, QwenProcessor
+from .layers import Grid, LayerCache, Linear, linear
+from .processor import Picture, Processor, QwenProcessor
 from .prompts import Prompts
 
 
@@ -43,51 +49,103 @@ class VLM(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The (V, H) matrix that turns hidden states into logits: the embedding where the two are tied."""
-        return self.lm_head.weight if hasattr(self, "lm_head") else self.decoder.embed_tokens.weight
+        if hasattr(self, "lm_head"):
+            return self.lm_head.weight
+        return self.decoder.embed_tokens.weight
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
         return self.compute_dtype or self.head_weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.head_weight.device
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) in the compute dtype, aligned with batch.input_ids."""
-        return self.logits(self.hidden(batch, self.image_features(batch)))
+        features = self.image_features(batch)
+        hidden = self.hidden(batch, features)           # (B, T, H)
+        return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
         return self.product(hidden, self.head_weight)
 
+    # What a family supplies.
+
+    @staticmethod
+    def make_processor(folder: Path, config: Settings) -> Processor:
+        """What turns chats into batches for this family."""
+        raise NotImplementedError
+
+    @property
+    def tower(self) -> nn.Module:
+        """All modules that image features depend on."""
+        raise NotImplementedError
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model, without its head."""
+        raise NotImplementedError
+
+    def encode_images(self, pictures: list[Picture]) -> list[Tensor]:
+        """Features of each picture. Pictures of one `grid` stand next to each other."""
+        raise NotImplementedError
+
+    def hidden(self, batch: Batch, features: list[Tensor], cache: list[LayerCache] | None = None) -> Tensor:
+        """Final hidden states (B, T, H). `features`: one entry a picture, in the order of the prompts.
+
+        A new `cache` is filled with the prompts' keys and values.
+        """
+        raise NotImplementedError
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache]) -> Tensor:
+        """One more token a row: tokens (R,), positions (R,) -> hidden states (R, H)."""
+        raise NotImplementedError
+
+    # What the families share.
+
     def image_features(self, batch: Batch) -> list[Tensor]:
         """Features of every picture in the batch, in the order of the prompts; equal pictures are encoded once."""
-        frozen = not any(p.requires_grad for p in self.tower.parameters())
-        known = self.feature_cache if self.feature_cache is not None and frozen else FeatureCache(0)
-        found = {p.key: known.get(p.key) for p in batch.pictures}
-        missing = sorted((p for p in batch.pictures if found[p.key] is None), key=lambda p: p.grid)
-        if missing:                                     # sorted: pictures of one size share an attention call
-            for picture, features in zip(missing, self.encode_images(missing)):
-                found[picture.key] = features
-                known.put(picture.key, features)
-        return [found[p.key] for p in batch.in_order]
+        frozen = not any(parameter.requires_grad for parameter in self.tower.parameters())
+        if self.feature_cache is not None and frozen:
+            cache = self.feature_cache
+        else:                                           # keep nothing: a tower in training gives others at every step
+            cache = FeatureCache(max_bytes=0)
+
+        features = {picture.key: cache.get(picture.key) for picture in batch.pictures}
+        missing = [picture for picture in batch.pictures if features[picture.key] is None]
+        if missing:
+            missing.sort(key=lambda picture: picture.grid)      # pictures of one size share an attention call
+            for picture, encoded in zip(missing, self.encode_images(missing), strict=True):
+                features[picture.key] = encoded
+                cache.put(picture.key, encoded)
+        return [features[picture.key] for picture in batch.in_order]
 
     def check_placeholders(self, batch: Batch, sizes: list[int]) -> None:
-        """ValueError that names the chat in which placeholders and features differ; `sizes`: placeholders a picture."""
+        """ValueError that names the chat whose placeholders and pictures do not match.
+
+        `sizes`: how many placeholders each picture needs, in the order of the prompts.
+        """
         if len(sizes) != len(batch.in_order):
             raise ValueError(f"features of {len(sizes)} pictures were given, the chats hold {len(batch.in_order)}")
-        counts, start = (batch.input_ids == self.image_token_id).sum(1).tolist(), 0
-        for b, (count, placed) in enumerate(zip(counts, batch.placed)):
-            wanted, start = sum(sizes[start:start + len(placed)]), start + len(placed)
-            if count != wanted:
-                raise ValueError(f"chat {b} holds {count} image placeholders, "
-                                 f"the features of its {len(placed)} pictures need {wanted}")
+        counts = (batch.input_ids == self.image_token_id).sum(1).tolist()                 # B
+        start = 0                                       # the chat's first picture among all
+        for b, placed in enumerate(batch.placed):
+            stop = start + len(placed)
+            needed = sum(sizes[start:stop])
+            if counts[b] != needed:
+                raise ValueError(f"chat {b} holds {counts[b]} image placeholders, "
+                                 f"the features of its {len(placed)} pictures need {needed}")
+            start = stop
 
     def new_cache(self, prompts: Prompts, n: int) -> list[LayerCache]:
         """An empty key-value cache for `n` samples of each of `prompts`, one entry a decoder layer."""
-        visible = prompts.visible.repeat_interleave(n, 1)                                 # (G, m n, T)
-        bias = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, -torch.inf)
+        visible = prompts.visible.repeat_interleave(n, 1)                                 # (G, m, T) -> (G, m n, T)
+        bias = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        bias = bias.masked_fill(~visible, -torch.inf)   # a sample attends to its own prompt's columns only
         return [LayerCache(bias) for _ in self.decoder.layers]
 
 
@@ -115,52 +173,82 @@ class QwenVL(VLM):
         return self.model["language_model"]
 
     def encode_images(self, pictures: list[Picture]) -> list[Tensor]:
-        """What the tower makes of each picture: (..., its tokens, H)."""
-        pixels = torch.cat([p.pixels for p in pictures]).to(self.device)                  # (N, patch width)
-        features = self.tower(pixels, [p.grid for p in pictures], self.dtype)
-        return list(features.split([p.tokens for p in pictures], -2))
+        """What the tower makes of each picture: (its tokens, H), or (1 + D, its tokens, H) with DeepStack."""
+        pixels = torch.cat([picture.pixels for picture in pictures])                      # (N, patch width)
+        grids = [picture.grid for picture in pictures]
+        tokens = [picture.tokens for picture in pictures]
+        features = self.tower(pixels.to(self.device), grids, self.dtype)                  # (..., M, H)
+        return list(features.split(tokens, -2))
 
     def embed(self, batch: Batch, features: list[Tensor], image_tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Token embeddings (B, T, H) with `image_tokens` (M, H) in their places, and those, (M,), counted in B * T."""
-        self.check_placeholders(batch, [f.shape[-2] for f in features])
-        x = self.decoder.embed_tokens(batch.input_ids).to(self.dtype)
+        """Token embeddings, the image tokens in place of their placeholders.
+
+        `image_tokens`: (M, H). Returns the embeddings (B, T, H), and the placeholders' places (M,) in a sequence of
+        all B T tokens; these are None without pictures.
+        """
+        self.check_placeholders(batch, [picture_features.shape[-2] for picture_features in features])
+        x = self.decoder.embed_tokens(batch.input_ids).to(self.dtype)                     # (B, T, H)
         if image_tokens is None:
             return x, None
-        places = (batch.input_ids.flatten() == self.image_token_id).nonzero()[:, 0]
-        return x.flatten(0, 1).index_copy(0, places, image_tokens).view_as(x), places
+        is_image = batch.input_ids.flatten() == self.image_token_id                       # (B T,)
+        places = is_image.nonzero()[:, 0]                                                 # (M,)
+        flat = x.flatten(0, 1).index_copy(0, places, image_tokens)                        # (B T, H)
+        return flat.view_as(x), places
 
     def step(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache]) -> Tensor:
-        """One token a row: tokens (R,), positions (R,), the same on all three axes -> hidden states (R, H)."""
+        """One more token a row: tokens (R,), positions (R,) -> hidden states (R, H)."""
         x = self.decoder.embed_tokens(tokens[:, None]).to(self.dtype)                     # (R, 1, H)
-        return self.decoder(x, positions[None, :, None].expand(3, -1, 1), None, cache)[:, 0]
+        position_ids = positions[None, :, None].expand(3, -1, 1)        # (3, R, 1): a text token's axes are equal
+        hidden = self.decoder(x, position_ids, None, cache)                               # (R, 1, H)
+        return hidden[:, 0]
+
+
+def frame_lengths(grids: list[Grid]) -> list[int]:
+    """How many patches each frame of each picture has: a tower's full attention stays inside a frame."""
+    lengths = []
+    for frames, h, w in grids:
+        lengths += [h * w] * frames
+    return lengths
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name; None is this rank's GPU where there is one, else the CPU. ValueError for any other."""
-    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of that name. None is a GPU where there is one, else the CPU; "cuda" is this rank's GPU.
+
+    ValueError for a name that is unknown, and for a GPU where there is none.
+    """
+    if name is None or name == "":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = str(name)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"unknown device {name!r}: cpu, cuda and cuda:N are known")
     if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))       # LOCAL_RANK: torchrun's
+    return torch.device(name)
 
 
 class FeatureCache:
-    """Image features of a frozen tower by picture, the least recently used dropped beyond `max_bytes`."""
+    """Image features of a frozen tower by picture; beyond `max_bytes` the least recently used are dropped."""
 
     def __init__(self, max_bytes: int):
-        self.max_bytes, self.bytes = max_bytes, 0
-        self.entries: OrderedDict[str, Tensor] = OrderedDict()
+        self.max_bytes = max_bytes
+        self.bytes = 0                                  # of all entries
+        self.entries: OrderedDict[str, Tensor] = OrderedDict()          # by Picture.key, most recently used last
 
     def get(self, key: str) -> Tensor | None:
+        """The features of a picture, or None."""
         if key in self.entries:
             self.entries.move_to_end(key)
         return self.entries.get(key)
 
     def put(self, key: str, features: Tensor) -> None:
+        """Keep a copy of `features`, unless they alone are larger than the cache."""
         if features.nbytes > self.max_bytes:
             return
-        self.entries[key] = features.detach().clone()   # not a view that keeps its whole batch alive
+        # A copy: `features` is a view, which would keep the features of its whole batch alive.
+        self.entries[key] = features.detach().clone()
         self.bytes += features.nbytes
         while self.bytes > self.max_bytes:
-            self.bytes -= self.entries.popitem(last=False)[1].nbytes
+            _, dropped = self.entries.popitem(last=False)
+            self.bytes -= dropped.nbytes

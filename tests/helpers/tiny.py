@@ -18,17 +18,27 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
            "<|image_pad|>", "<|video_pad|>"]
 LLAMA_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
                  "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
-# parameter name -> name in published files
-PUBLISHED = {"qwen3_vl": (), "qwen2_5_vl": ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
-             "mllama": ((r"^model\.language_model\.", "language_model.model."),
-                        (r"^lm_head\.", "language_model.lm_head."),
-                        (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."))}
+# By family: (pattern of a parameter name, what stands for it in published files), for re.sub
+PUBLISHED = {
+    "qwen3_vl": (),
+    "qwen2_5_vl": (
+        (r"^model\.visual\.", "visual."),
+        (r"^model\.language_model\.", "model."),
+    ),
+    "mllama": (
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."),
+    ),
+}
+# The mean and spread of each channel of CLIP's pictures, which two of the families use.
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 
 
 def byte_tokenizer(special: list[str] = SPECIAL) -> Tokenizer:
     """One token a byte, and control tokens at 256 and on."""
-    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = {character: i for i, character in enumerate(characters)}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -117,17 +127,25 @@ def preprocessor_config(family: str) -> dict:
             "image_std": [0.5] * 3}
 
 
-def random_weights(names: dict[str, torch.Size], seed: int = 0) -> dict[str, Tensor]:
+def random_weights(shapes: dict[str, torch.Size], seed: int = 0) -> dict[str, Tensor]:
     """Numbers of a size that keeps activations near 1, and larger ones before a GELU, whose two forms differ little;
     from a generator whose stream never changes."""
     generator = np.random.RandomState(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        random = torch.from_numpy(generator.standard_normal(tuple(shape)).astype(np.float32))
+        is_norm = "norm" in name and name.endswith("weight")
+        weights[name] = random * weight_scale(name, shape) + (1.0 if is_norm else 0.0)
+    return weights
 
-    def scale(name: str, shape: torch.Size) -> float:
-        if len(shape) == 1 or "positional" in name:
-            return 0.5
-        return (2.0 if "fc1" in name or "merger.mlp.0" in name else 0.5) / shape[-1] ** 0.5
-    return {n: torch.from_numpy(generator.standard_normal(tuple(s)).astype(np.float32)) * scale(n, s) + (
-        1.0 if "norm" in n and n.endswith("weight") else 0.0) for n, s in names.items()}
+
+def weight_scale(name: str, shape: torch.Size) -> float:
+    """The standard deviation of a random weight."""
+    if len(shape) == 1 or "positional" in name:
+        return 0.5
+    before_gelu = "fc1" in name or "merger.mlp.0" in name
+    scale = 2.0 if before_gelu else 0.5
+    return scale / shape[-1] ** 0.5
 
 
 def write_checkpoint(folder: Path, config: dict, seed: int = 0, layout: str = "published", shards: int = 1) -> Path:
@@ -136,17 +154,24 @@ def write_checkpoint(folder: Path, config: dict, seed: int = 0, layout: str = "p
     from model.checkpoint import read_settings
     family = config["model_type"]
     folder.mkdir(parents=True, exist_ok=True)
-    stops = {"eos_token_id": [257, 262], "pad_token_id": 258, "bos_token_id": 256} if family == "mllama" else {
-        "eos_token_id": [258, 256], "pad_token_id": 256}
-    for name, content in (("config", config), ("generation_config", stops),
-                          ("preprocessor_config", preprocessor_config(family))):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    byte_tokenizer(LLAMA_SPECIAL if family == "mllama" else SPECIAL).save(str(folder / "tokenizer.json"))
+    if family == "mllama":
+        generation = {"eos_token_id": [257, 262], "pad_token_id": 258, "bos_token_id": 256}
+        special = LLAMA_SPECIAL
+    else:
+        generation = {"eos_token_id": [258, 256], "pad_token_id": 256}
+        special = SPECIAL
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(family)))
+    byte_tokenizer(special).save(str(folder / "tokenizer.json"))
+
+    settings = read_settings(folder, "config.json")
     with torch.device("meta"):
-        names = {n: p.shape for n, p in FAMILIES[family](read_settings(folder, "config.json")).named_parameters()}
-    weights = random_weights(names, seed)
+        vlm = FAMILIES[family](settings)
+    shapes = {name: parameter.shape for name, parameter in vlm.named_parameters()}
+    weights = random_weights(shapes, seed)
     if layout == "published":
-        weights = {disk_name(family, name): w for name, w in weights.items()}
+        weights = {disk_name(family, name): weight for name, weight in weights.items()}
     write_shards(folder, weights, shards)
     return folder
 
@@ -165,31 +190,50 @@ def write_shards(folder: Path, weights: dict[str, Tensor], shards: int) -> None:
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return
-    index = {}
+    weight_map = {}
     for i in range(shards):
-        part, name = dict(list(weights.items())[i::shards]), f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save_file(part, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(part, name))
-    (folder / "model.safetensors.index.json").write_text(json.dumps(
-        {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": index}))
+        shard = dict(list(weights.items())[i::shards])
+        file_name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file_name))
+    total_size = sum(weight.nbytes for weight in weights.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Random pixels."""
-    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), np.uint8))
+    generator = np.random.RandomState(seed)
+    return Image.fromarray(generator.randint(0, 256, (height, width, 3), np.uint8))
 
 
 def chat(*parts: str | Image.Image) -> list[dict]:
     """One user turn of texts and pictures."""
-    return [{"role": "user", "content": [
-        {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]}]
+    content = []
+    for part in parts:
+        kind = "text" if isinstance(part, str) else "image"
+        content.append({"type": kind, kind: part})
+    return [{"role": "user", "content": content}]
 
 
 def example_chats() -> list[list[dict]]:
     """Chats of different lengths: no picture, one, neighbouring ones, ones with text between, odd and thin grids."""
-    return [chat("hello"), chat(picture(30, 40), "what is this?"),
-            chat("a", picture(16, 64, 1), "b", picture(50, 20, 2), "c"),
-            chat(picture(70, 24, 3), picture(24, 24, 4), "which of the two, and why?")]
+    return [
+        chat("hello"),
+        chat(picture(30, 40), "what is this?"),
+        chat("a", picture(16, 64, 1), "b", picture(50, 20, 2), "c"),
+        chat(picture(70, 24, 3), picture(24, 24, 4), "which of the two, and why?"),
+    ]
+
+
+def load_like_transformers(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
+    """Our model of the folder; Mllama treats the tokens before the first picture as transformers does."""
+    from model import load_vlm
+    from model.mllama import Mllama
+    vlm = load_vlm(folder, dtype=dtype)
+    if isinstance(vlm, Mllama):
+        vlm.follow = "transformers"
+    return vlm
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
@@ -198,34 +242,51 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32, attention: 
     config = AutoConfig.from_pretrained(folder)
     if config.model_type == "mllama":
         depths = config.vision_config.intermediate_layers_indices
-        config.vision_config.intermediate_layers_indices = [i - 1 for i in depths]
-    return AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=dtype,
-                                                       attn_implementation=attention).eval()
+        config.vision_config.intermediate_layers_indices = [depth - 1 for depth in depths]
+    reference = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+    )
+    return reference.eval()
 
 
 def follow_meta(reference: Any) -> Any:
     """Change transformers' Mllama as the weights were trained: a token that sees no picture gets no cross-attention."""
     for layer in reference.model.language_model.layers:
         if hasattr(layer, "cross_attn"):
-            held: dict[str, Tensor] = {}
-            layer.register_forward_pre_hook(
-                lambda _, args, options, held=held: held.update(live=options["full_text_row_masked_out_mask"]),
-                with_kwargs=True)
-            layer.cross_attn.register_forward_hook(
-                lambda _, args, out, held=held: (out[0] * held["live"][:, 0], *out[1:]))
+            drop_attention_of_blind_tokens(layer)
     return reference
+
+
+def drop_attention_of_blind_tokens(layer: Any) -> None:
+    """Multiply what a cross-attention layer's attention gives by 0 for tokens that see no picture."""
+    sees_any: dict[str, Tensor] = {}
+
+    def remember_mask(_: Any, args: tuple, options: dict) -> None:
+        sees_any["mask"] = options["full_text_row_masked_out_mask"]
+
+    def apply_mask(_: Any, args: tuple, outputs: tuple) -> tuple:
+        attended, *others = outputs
+        return (attended * sees_any["mask"][:, 0], *others)
+
+    layer.register_forward_pre_hook(remember_mask, with_kwargs=True)
+    layer.cross_attn.register_forward_hook(apply_mask)
 
 
 def reference_inputs(vlm: Any, batch: Any) -> dict[str, Tensor]:
     """The keyword arguments with which transformers' model takes `batch`."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    tiled = hasattr(batch, "sees")
-    if not tiled:
+    is_mllama = hasattr(batch, "sees")
+    if is_mllama:
+        of_pictures = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
+    else:
+        of_pictures = ("pixel_values", "image_grid_thw")
         inputs["mm_token_type_ids"] = (batch.input_ids == vlm.image_token_id).long()
     if batch.pictures:
-        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask") if tiled else (
-            "pixel_values", "image_grid_thw")
-        inputs.update({name: getattr(batch, name) for name in names})
+        for name in of_pictures:
+            inputs[name] = getattr(batch, name)
     return inputs
 
 
@@ -233,6 +294,7 @@ def reference_greedy(vlm: Any, reference: Any, messages: list[dict], tokens: int
     """transformers' greedy continuation of one chat, without ids that ours never samples."""
     from model.sampler import banned_tokens
     inputs = reference_inputs(vlm, vlm.processor([messages]))
-    banned = [[i] for i in banned_tokens(vlm).tolist()]
-    out = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned)
-    return out[0, inputs["input_ids"].shape[1]:].tolist()
+    banned = [[token] for token in banned_tokens(vlm).tolist()]
+    output = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned)
+    prompt_length = inputs["input_ids"].shape[1]
+    return output[0, prompt_length:].tolist()

@@ -4,44 +4,68 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from golden.make import GOLDEN, PREPROCESSING, digest, reference_pixels, sample_pictures
 from model import load_vlm
 from model.images import MllamaImages, QwenImages, choose_tiles, fit_canvas, smart_resize
-from model.processor import MllamaProcessor, Processor, Qwen25Processor, QwenProcessor
+from model.processor import Chat, MllamaProcessor, Processor, Qwen25Processor, QwenProcessor
 from tiny import CONFIGS, chat, picture, write_checkpoint
 
 QWEN_CONFIG = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
                "vision_end_token_id": 151653}
+SHOT = picture(28, 28)
+# By family: the variable that names a real tokenizer.json, the processor, and what it reads of config.json.
 FAMILIES = {"qwen3_vl": ("QWEN3_TOKENIZER", QwenProcessor, QWEN_CONFIG),
             "qwen2_5_vl": ("QWEN2_5_TOKENIZER", Qwen25Processor, QWEN_CONFIG),
             "mllama": ("LLAMA3_2_TOKENIZER", MllamaProcessor, {"image_token_index": 128256})}
 
 
-def preprocessing(folder: Path, family: str) -> Path:
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING[family]))
+def write_preprocessing(folder: Path, family: str, **changes: object) -> Path:
+    """The published preprocessor_config.json of a family, with `changes`."""
+    content = {**PREPROCESSING[family], **changes}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
     return folder
 
 
+def load_images(folder: Path, family: str) -> QwenImages | MllamaImages:
+    """The preprocessing of pictures that a folder's preprocessor_config.json asks for."""
+    if family == "mllama":
+        return MllamaImages(folder)
+    return QwenImages(folder)
+
+
+def tiny_processor(family: str, folder: Path) -> Processor:
+    """The processor of a family's tiny checkpoint."""
+    config = CONFIGS[family]()
+    return load_vlm(write_checkpoint(folder, config)).processor
+
+
+# ---- pixels
+
 @pytest.mark.parametrize("family", PREPROCESSING)
 def test_pixels_are_bit_exact(family: str, tmp_path: Path) -> None:
-    images = (MllamaImages if family == "mllama" else QwenImages)(preprocessing(tmp_path, family))
-    expected = json.loads((GOLDEN / "pixels.json").read_text())[family]
-    found = {name: digest(images(image).pixels) for name, image in sample_pictures().items()}
-    assert found == expected
+    images = load_images(write_preprocessing(tmp_path, family), family)
+    golden = json.loads((GOLDEN / "pixels.json").read_text())[family]
+    pictures = sample_pictures()
+    assert pictures.keys() == golden.keys()
+    for name, image in pictures.items():
+        assert digest(images(image).pixels) == golden[name], name
 
 
 @pytest.mark.parametrize("family", PREPROCESSING)
 def test_pixels_equal_transformers(family: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    images = (MllamaImages if family == "mllama" else QwenImages)(preprocessing(tmp_path, family))
+    images = load_images(write_preprocessing(tmp_path, family), family)
     for name, image in sample_pictures().items():
-        assert torch.equal(images(image).pixels, reference_pixels(family, image)), name
+        expected = reference_pixels(family, image)
+        assert torch.equal(images(image).pixels, expected), name
 
 
 def test_mllama_batch_equals_transformers(tmp_path: Path) -> None:
@@ -52,54 +76,74 @@ def test_mllama_batch_equals_transformers(tmp_path: Path) -> None:
         convert_sparse_cross_attention_mask_to_dense,
         get_cross_attention_token_mask,
     )
-    vlm = load_vlm(write_checkpoint(tmp_path, CONFIGS["mllama"]()))
+    processor = tiny_processor("mllama", tmp_path)
     shots = [picture(30, 40), picture(90, 20, 1), picture(20, 200, 2), picture(28, 28, 3)]
     chats = [chat(shots[0], "one"), chat("x", shots[1], shots[2], "two of them", shots[3], "and one")]
-    batch = vlm.processor(chats)
-    theirs = MllamaImageProcessorPil(**json.loads((tmp_path / "preprocessor_config.json").read_text()))(
-        images=[shots[:1], shots[1:]], return_tensors="pt")
+    batch = processor(chats)
+
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    reference = MllamaImageProcessorPil(**settings)
+    theirs = reference(images=[shots[:1], shots[1:]], return_tensors="pt")
     for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
         assert torch.equal(getattr(batch, name), theirs[name]), name
-    spans = [get_cross_attention_token_mask(ids[mask.bool()].tolist(), 268)
-             for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+
+    real = batch.attention_mask.bool()
+    spans = []
+    for ids, is_real in zip(batch.input_ids, real):
+        spans.append(get_cross_attention_token_mask(ids[is_real].tolist(), processor.image_id))
     dense = convert_sparse_cross_attention_mask_to_dense(spans, theirs["num_tiles"], 4, batch.input_ids.shape[1])
-    kept = batch.attention_mask.bool()
-    assert np.array_equal(batch.cross_attention_mask[kept], dense[kept])
+    assert np.array_equal(batch.cross_attention_mask[real], dense[real])
 
 
 @pytest.mark.parametrize("size, qwen3, qwen2_5", [
-    ((480, 640), (480, 640), (476, 644)), ((720, 1280), (704, 1280), (728, 1288)),
-    ((1080, 1920), (1088, 1920), (1092, 1932)), ((224, 224), (256, 256), (224, 224)),
-    ((4096, 4096), (4096, 4096), (3584, 3584)), ((18, 187), (96, 832), (28, 196))])
+    ((480, 640), (480, 640), (476, 644)),
+    ((720, 1280), (704, 1280), (728, 1288)),
+    ((1080, 1920), (1088, 1920), (1092, 1932)),
+    ((224, 224), (256, 256), (224, 224)),
+    ((4096, 4096), (4096, 4096), (3584, 3584)),
+    ((18, 187), (96, 832), (28, 196)),
+])
 def test_published_sizes(size: tuple[int, int], qwen3: tuple[int, int], qwen2_5: tuple[int, int]) -> None:
     assert smart_resize(*size, 32, 65536, 16777216) == qwen3
     assert smart_resize(*size, 28, 3136, 12845056) == qwen2_5
 
 
 @pytest.mark.parametrize("size, tiles, resized", [
-    ((224, 224), (1, 1), (560, 560)), ((480, 640), (1, 2), (480, 640)), ((561, 561), (2, 2), (561, 561)),
-    ((720, 1280), (2, 2), (630, 1120)), ((1080, 1920), (2, 2), (630, 1120)), ((300, 900), (1, 2), (300, 900)),
-    ((2000, 200), (4, 1), (2000, 200)), ((18, 187), (1, 1), (53, 560))])
+    ((224, 224), (1, 1), (560, 560)),
+    ((480, 640), (1, 2), (480, 640)),
+    ((561, 561), (2, 2), (561, 561)),
+    ((720, 1280), (2, 2), (630, 1120)),
+    ((1080, 1920), (2, 2), (630, 1120)),
+    ((300, 900), (1, 2), (300, 900)),
+    ((2000, 200), (4, 1), (2000, 200)),
+    ((18, 187), (1, 1), (53, 560)),
+])
 def test_published_tiles(size: tuple[int, int], tiles: tuple[int, int], resized: tuple[int, int]) -> None:
-    assert choose_tiles(*size, 560, 4) == tiles
-    assert fit_canvas(*size, tiles[0] * 560, tiles[1] * 560, 560) == resized
+    height, width = size
+    rows, columns = tiles
+    assert choose_tiles(height, width, 560, 4) == tiles
+    assert fit_canvas(height, width, rows * 560, columns * 560, 560) == resized
 
 
 def test_too_elongated_names_the_chat(tmp_path: Path) -> None:
-    vlm = load_vlm(write_checkpoint(tmp_path, CONFIGS["qwen3_vl"]()))
+    processor = tiny_processor("qwen3_vl", tmp_path)
+    chats = [chat("fine"), chat(picture(1005, 5), "thin")]
     with pytest.raises(ValueError, match="chat 1: a picture of 1005 x 5 is too elongated"):
-        vlm.processor([chat("fine"), chat(picture(1005, 5), "thin")])
+        processor(chats)
 
 
 def test_pixel_limits_can_be_lowered(tmp_path: Path) -> None:
+    def tokens(processor: Processor, image: Image.Image) -> int:
+        batch = processor([chat(image, "?")])
+        return batch.pictures[0].tokens
+
     for family in ("qwen3_vl", "qwen2_5_vl"):
-        processor = load_vlm(write_checkpoint(tmp_path / family, CONFIGS[family]())).processor
-        tokens = [processor([chat(picture(100, 60), "?")]).pictures[0].tokens]
+        processor = tiny_processor(family, tmp_path / family)
+        assert tokens(processor, picture(100, 60)) == 60
         processor.min_pixels = 64
         processor.max_pixels = 1024
-        tokens.append(processor([chat(picture(100, 60), "?")]).pictures[0].tokens)
-        tokens.append(processor([chat(picture(3, 3), "?")]).pictures[0].tokens)
-        assert tokens == [60, 15, 1]
+        assert tokens(processor, picture(100, 60)) == 15
+        assert tokens(processor, picture(3, 3)) == 1
         with pytest.raises(ValueError, match="1024"):
             processor.min_pixels = 1025
         with pytest.raises(ValueError, match="not 64 and 0"):
@@ -108,77 +152,105 @@ def test_pixel_limits_can_be_lowered(tmp_path: Path) -> None:
 
 def test_newer_preprocessing_file(tmp_path: Path) -> None:
     """transformers 5 nests the fields in processor_config.json."""
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PREPROCESSING["qwen3_vl"]}))
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": PREPROCESSING["qwen3_vl"]}))
     assert QwenImages(tmp_path).max_pixels == 16777216
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"patch_size": 16}}))
+    path.write_text(json.dumps({"image_processor": {"patch_size": 16}}))
     with pytest.raises(ValueError, match="merge_size"):
         QwenImages(tmp_path)
 
 
-@pytest.mark.parametrize("family, key, value", [
-    *(("qwen3_vl", key, value) for key in ("patch_size", "merge_size", "temporal_patch_size")
-      for value in (0, -1, 1.5, "x", None, True)),
-    ("mllama", "max_image_tiles", 0), ("mllama", "size", [28, 28]), ("qwen3_vl", "size", 448),
-    *((family, key, value) for family in PREPROCESSING for key in ("image_mean", "image_std")
-      for value in ([0.5, 0.5], 0.5, None, ["a", 0.5, 0.5], [[0.5], 0.5, 0.5], [0.5, 0.5, float("nan")])),
-    ("mllama", "image_std", [0.5, 0, 0.5]), ("qwen3_vl", "image_std", [0.5, 1e-60, 0.5])])
-def test_malformed_preprocessing(family: str, key: str, value: object, tmp_path: Path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSING[family], key: value}))
-    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: .*{key} "):
-        (MllamaImages if family == "mllama" else QwenImages)(tmp_path)
+NO_THREE_NUMBERS = [[0.5, 0.5], 0.5, None, ["a", 0.5, 0.5], [[0.5], 0.5, 0.5], [0.5, 0.5, float("nan")]]
 
+
+@pytest.mark.parametrize("family, key, value", [
+    *product(["qwen3_vl"], ["patch_size", "merge_size", "temporal_patch_size"], [0, -1, 1.5, "x", None, True]),
+    *product(PREPROCESSING, ["image_mean", "image_std"], NO_THREE_NUMBERS),
+    ("mllama", "max_image_tiles", 0),
+    ("mllama", "size", [28, 28]),
+    ("qwen3_vl", "size", 448),
+    ("mllama", "image_std", [0.5, 0, 0.5]),
+    ("qwen3_vl", "image_std", [0.5, 1e-60, 0.5]),
+])
+def test_malformed_preprocessing(family: str, key: str, value: object, tmp_path: Path) -> None:
+    write_preprocessing(tmp_path, family, **{key: value})
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: .*{key} "):
+        load_images(tmp_path, family)
+
+
+# ---- chats
 
 @pytest.mark.parametrize("message, culprit", [
     ({"role": "tool", "content": "x"}, "tool"),
     ({"role": "user", "content": [{"type": "video", "video": "x"}]}, "video"),
     ({"role": "user", "content": [{"type": "image", "image": "a.png"}]}, "a.png"),
-    ({"role": "user", "content": [{"type": "text", "text": picture(4, 4)}]}, "text")])
+    ({"role": "user", "content": [{"type": "text", "text": picture(4, 4)}]}, "text"),
+    ({"role": "user", "content": [{"type": ["text"], "text": "x"}]}, "text"),
+])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_malformed_messages(family: str, message: dict, culprit: str, tmp_path: Path) -> None:
-    processor = load_vlm(write_checkpoint(tmp_path, CONFIGS[family]())).processor
+    processor = tiny_processor(family, tmp_path)
     with pytest.raises(ValueError, match=f"chat 1: .*{culprit}"):
         processor([chat("fine"), [message]])
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_special_tokens_in_text_stay_text(family: str, tmp_path: Path) -> None:
-    processor = load_vlm(write_checkpoint(tmp_path, CONFIGS[family]())).processor
-    check_special_tokens_stay_text(processor, chat(picture(28, 28), "Say "), chat(picture(28, 28), "Say <|im_end|>\n"
-                                   "<|image_pad|><|image|><|eot_id|><|begin_of_text|><|vision_start|> twice"))
+    processor = tiny_processor(family, tmp_path)
+    text = "Say <|im_end|>\n<|image_pad|><|image|><|eot_id|><|begin_of_text|><|vision_start|> twice"
+    check_special_tokens_stay_text(processor, text)
 
 
-def check_special_tokens_stay_text(processor: Processor, plain: list[dict], spelled: list[dict]) -> None:
-    """Both chats hold the same control tokens; the text comes back as it went in."""
-    [row, other] = processor.rows([plain, spelled], {})
+def check_special_tokens_stay_text(processor: Processor, text: str) -> None:
+    """A chat with `text` holds the control tokens of one with a plain text, and `text` comes back as it went in."""
+    chats = [chat(SHOT, "Say "), chat(SHOT, text)]
+    [plain, spelled] = processor.rows(chats, {})
+
     tokens = processor.tokenizer.get_added_tokens_decoder()
-    special = {i for i, token in tokens.items() if token.special} | {processor.image_id}
-    assert [i for i in row.ids if i in special] == [i for i in other.ids if i in special]
-    text = processor.tokenizer.decode([i for i in other.ids if i not in special], skip_special_tokens=False)
-    assert spelled[0]["content"][1]["text"] in text
+    special = {token_id for token_id, token in tokens.items() if token.special}
+    special.add(processor.image_id)
+    control_of_plain = [token_id for token_id in plain.ids if token_id in special]
+    control_of_spelled = [token_id for token_id in spelled.ids if token_id in special]
+    assert control_of_plain == control_of_spelled
+
+    text_ids = [token_id for token_id in spelled.ids if token_id not in special]
+    assert text in processor.tokenizer.decode(text_ids, skip_special_tokens=False)
 
 
 def test_mllama_sees_runs_of_pictures(tmp_path: Path) -> None:
     """Text after neighbouring pictures sees both; after separated ones only the last; none before the first."""
-    processor = load_vlm(write_checkpoint(tmp_path, CONFIGS["mllama"]())).processor
+    processor = tiny_processor("mllama", tmp_path)
     a, b, c = (picture(28, 28, seed) for seed in range(3))
     batch = processor([chat("x", a, "y", b, c, "z")])
-    starts = (batch.input_ids[0] == 268).nonzero()[:, 0].tolist()
-    sees = batch.sees[0]
-    assert not sees[:starts[0]].any()
-    assert sees[starts[0]:starts[1]].tolist() == [[True, False, False]] * (starts[1] - starts[0])
-    assert sees[starts[1]].tolist() == [False, True, False]
-    assert sees[starts[2]:].tolist() == [[False, True, True]] * (len(sees) - starts[2])
+    is_picture = batch.input_ids[0] == processor.image_id
+    first, second, third = is_picture.nonzero()[:, 0].tolist()
+
+    sees = batch.sees[0].tolist()
+    for token in range(first):
+        assert sees[token] == [False, False, False]
+    for token in range(first, second):
+        assert sees[token] == [True, False, False]
+    assert third == second + 1
+    assert sees[second] == [False, True, False]
+    for token in range(third, len(sees)):
+        assert sees[token] == [False, True, True]
 
 
 def test_mllama_date_is_fixed(tmp_path: Path) -> None:
-    processor = load_vlm(write_checkpoint(tmp_path, CONFIGS["mllama"]())).processor
-    assert "Today Date: 26 Jul 2024\n\n" in processor.decode(processor.rows([chat("hi")], {})[0].ids)
+    processor = tiny_processor("mllama", tmp_path)
+
+    def prompt(messages: Chat) -> str:
+        [row] = processor.rows([messages], {})
+        return processor.decode(row.ids)
+
+    assert "Today Date: 26 Jul 2024\n\n" in prompt(chat("hi"))
     processor.date = "1 Jan 2025"
-    assert "Today Date: 1 Jan 2025\n\n" in processor.decode(processor.rows([chat("hi")], {})[0].ids)
-    assert "Date" not in processor.decode(processor.rows([chat(picture(9, 9), "hi")], {})[0].ids)
+    assert "Today Date: 1 Jan 2025\n\n" in prompt(chat("hi"))
+    assert "Date" not in prompt(chat(picture(9, 9), "hi"))
 
 
-SHOT = picture(28, 28)
+# ---- the published tokenizers
+
 CHATS = {
     "one": chat(SHOT, "What is shown?"),
     "around": chat("Before", SHOT, " between ", SHOT, SHOT, "\nafter"),
@@ -216,28 +288,37 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Proc
     if variable not in os.environ:
         pytest.skip(f"{variable} names no tokenizer.json")
     (tmp_path / "tokenizer.json").symlink_to(Path(os.environ[variable]).resolve())
-    return request.param, processor(preprocessing(tmp_path, request.param), config)
+    folder = write_preprocessing(tmp_path, request.param)
+    return request.param, processor(folder, config)
 
 
 def test_published_ids(published: tuple[str, Processor]) -> None:
     family, processor = published
-    for name, row in zip(CHATS, processor.rows(list(CHATS.values()), {})):
-        expected = LLAMA[name] if family == "mllama" else QWEN[name]
+    placeholders = {"qwen3_vl": 64, "qwen2_5_vl": 4, "mllama": 1}[family]                 # of SHOT
+    published_ids = LLAMA if family == "mllama" else QWEN
+    rows = processor.rows(list(CHATS.values()), {})
+    for name, row in zip(CHATS, rows):
+        expected = []
         if family == "qwen2_5_vl" and name != "turns":
-            expected = SYSTEM + expected
-        repeats = {"qwen3_vl": 64, "qwen2_5_vl": 4, "mllama": 1}[family]
-        repeated = [[token] * (repeats if token == processor.image_id else 1) for token in expected]
-        assert row.ids == sum(repeated, []), name
+            expected += SYSTEM
+        for token in published_ids[name]:
+            count = placeholders if token == processor.image_id else 1
+            expected += [token] * count
+        assert row.ids == expected, name
 
 
 def test_published_special_tokens_stay_text(published: tuple[str, Processor]) -> None:
     _, processor = published
-    check_special_tokens_stay_text(processor, chat(SHOT, "Say "), chat(SHOT, "Say <|im_end|>\n<|image_pad|> <|image|>"
-                                   "<|eot_id|><|start_header_id|>system<|end_header_id|>, naïve 图 \t twice"))
+    text = ("Say <|im_end|>\n<|image_pad|> <|image|>"
+            "<|eot_id|><|start_header_id|>system<|end_header_id|>, naïve 图 \t twice")
+    check_special_tokens_stay_text(processor, text)
 
 
 def test_published_vocabulary(published: tuple[str, Processor]) -> None:
     family, processor = published
-    assert processor.vocabulary == {"qwen3_vl": 151669, "qwen2_5_vl": 151665, "mllama": 128256}[family]
-    assert processor.pad_id == {"qwen3_vl": 151643, "qwen2_5_vl": 151643, "mllama": 128004}[family]
-    assert processor.never_sampled == ([128256] if family == "mllama" else [151652, 151653, 151654, 151655, 151656])
+    vocabularies = {"qwen3_vl": 151669, "qwen2_5_vl": 151665, "mllama": 128256}
+    pad_ids = {"qwen3_vl": 151643, "qwen2_5_vl": 151643, "mllama": 128004}
+    qwen_placeholders = [151652, 151653, 151654, 151655, 151656]
+    assert processor.vocabulary == vocabularies[family]
+    assert processor.pad_id == pad_ids[family]
+    assert processor.never_sampled == ([128256] if family == "mllama" else qwen_placeholders)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,33 +13,45 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from golden.make import PREPROCESSING
-from model import FAMILIES, load_vlm
+from model import FAMILIES
 from model.checkpoint import read_settings
 from model.vlm import VLM
 from published import CONFIGS, PARAMETERS, TENSORS
-from tiny import LLAMA_SPECIAL, SPECIAL, byte_tokenizer, chat, load_reference, picture, reference_inputs
+from tiny import (
+    LLAMA_SPECIAL,
+    SPECIAL,
+    byte_tokenizer,
+    chat,
+    load_like_transformers,
+    load_reference,
+    picture,
+    reference_inputs,
+)
 
-FP32_TOLERANCE, BF16_RATIO = 1e-4, 1.5
+FP32_TOLERANCE = 1e-4                                   # largest difference over largest logit
+BF16_RATIO = 1.5                                        # our error in bf16 over transformers' own
 
 
 def on_meta(folder: Path, config: dict) -> VLM:
     """The model of a configuration, without memory."""
     (folder / "config.json").write_text(json.dumps(config))
+    settings = read_settings(folder, "config.json")
     with torch.device("meta"):
-        return FAMILIES[config["model_type"]](read_settings(folder, "config.json"))
+        return FAMILIES[config["model_type"]](settings)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameter_counts(name: str, tmp_path: Path) -> None:
-    vlm = on_meta(tmp_path, CONFIGS[name])
-    assert sum(p.numel() for p in vlm.parameters()) == PARAMETERS[name]
-    assert len(list(vlm.parameters())) == TENSORS[name]
+    parameters = list(on_meta(tmp_path, CONFIGS[name]).parameters())
+    assert sum(parameter.numel() for parameter in parameters) == PARAMETERS[name]
+    assert len(parameters) == TENSORS[name]
 
 
 def one_layer(config: dict) -> dict:
     """The configuration with one layer of each kind, a small vocabulary, and for Mllama small tiles."""
     config = copy.deepcopy(config)
-    text, vision = config.get("text_config", config), config["vision_config"]
+    text = config.get("text_config", config)
+    vision = config["vision_config"]
     text.update(num_hidden_layers=1, vocab_size=272)
     if config["model_type"] == "mllama":
         config["image_token_index"] = 272
@@ -57,36 +70,58 @@ def one_layer(config: dict) -> dict:
 
 def write_one_layer(folder: Path, config: dict) -> Path:
     """A checkpoint in bf16 with weights of the size that keeps activations near 1."""
-    pool, weights = torch.randn(4_194_301, generator=torch.Generator().manual_seed(0)), {}    # a prime: no row repeats
-    for name, p in on_meta(folder, config).named_parameters():
-        scale = 0.2 if p.dim() == 1 or "positional" in name else p.shape[-1] ** -0.5
-        random = (pool * scale).bfloat16().repeat(-(-p.numel() // len(pool)))[:p.numel()].view(p.shape)
-        weights[name] = random + 1 if "norm" in name and name.endswith("weight") else random
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(4_194_301, generator=generator)      # a prime number of them, so that no row of a matrix repeats
+    weights = {}
+    for name, parameter in on_meta(folder, config).named_parameters():
+        weights[name] = weight_from_pool(name, parameter.shape, pool)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
     family = config["model_type"]
     preprocessing = dict(PREPROCESSING[family])
+    special = SPECIAL
     if family == "mllama":
         preprocessing["size"] = {"height": 140, "width": 140}
+        special = LLAMA_SPECIAL
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 258}))
-    byte_tokenizer(LLAMA_SPECIAL if family == "mllama" else SPECIAL).save(str(folder / "tokenizer.json"))
+    byte_tokenizer(special).save(str(folder / "tokenizer.json"))
     return folder
+
+
+def weight_from_pool(name: str, shape: torch.Size, pool: Tensor) -> Tensor:
+    """A random bf16 tensor, its numbers those of `pool`, scaled and repeated as often as it takes."""
+    if len(shape) == 1 or "positional" in name:
+        scale = 0.2
+    else:
+        scale = shape[-1] ** -0.5
+    repeats = math.ceil(shape.numel() / len(pool))
+    random = (pool * scale).bfloat16().repeat(repeats)
+    random = random[:shape.numel()].view(shape)
+    is_norm = "norm" in name and name.endswith("weight")
+    return random + 1 if is_norm else random
 
 
 @torch.no_grad()
 def outputs(folder: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Our logits and transformers' for one chat, in fp32 whatever was computed in; never two models at once."""
-    vlm = load_vlm(folder, dtype=dtype, mllama_follow="transformers")
+    vlm = load_like_transformers(folder, dtype)
     batch = vlm.processor([chat("see", picture(250, 170), "what?")])
-    ours, inputs = vlm(batch).float(), reference_inputs(vlm, batch)
+    ours = vlm(batch).float()
+    inputs = reference_inputs(vlm, batch)
     del vlm
     reference = load_reference(folder, dtype)
     return ours, reference(**inputs).logits.float()
 
 
-def error(found: Tensor, truth: Tensor) -> float:
+def root_mean_square(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def relative_error(logits: Tensor, truth: Tensor) -> float:
     """Root mean square difference over the root mean square of the truth."""
-    return float((found - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+    difference = root_mean_square(logits - truth)
+    return float(difference / root_mean_square(truth))
 
 
 @pytest.mark.true_shapes
@@ -96,9 +131,13 @@ def test_one_layer_at_its_true_shapes(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     folder = write_one_layer(tmp_path, one_layer(CONFIGS[name]))
     ours, truth = outputs(folder, torch.float32)
-    assert (ours - truth).abs().max() <= FP32_TOLERANCE * truth.abs().max()
+    largest_difference = (ours - truth).abs().max()
+    assert largest_difference <= FP32_TOLERANCE * truth.abs().max()
+
     half, reference_half = outputs(folder, torch.bfloat16)
-    (folder / "model.safetensors").unlink()
-    measured = error(half, truth), error(reference_half, truth)
-    print(f"{name}: fp32 {error(ours, truth):.1e}, bf16 {measured[0]:.2e} against {measured[1]:.2e}")
-    assert 0 < measured[0] <= BF16_RATIO * measured[1]
+    (folder / "model.safetensors").unlink()             # gigabytes, which pytest would keep
+    fp32_error = relative_error(ours, truth)
+    bf16_error = relative_error(half, truth)
+    reference_error = relative_error(reference_half, truth)
+    print(f"{name}: fp32 {fp32_error:.1e}, bf16 {bf16_error:.2e} against {reference_error:.2e}")
+    assert 0 < bf16_error <= BF16_RATIO * reference_error
