@@ -11,7 +11,8 @@ from PIL import Image
 
 import benchmark_files as files
 from eval import load_task, make_item, score
-from tasks import jsonl, parquet_files
+from tasks import jsonl
+from tasks.loading import parquet_files
 from tasks.mmmu import DOMAINS
 from tasks.rewardbench import Comparison
 
@@ -154,6 +155,13 @@ def test_jsonl_items(tmp_path):
     assert [score(i, "no idea").correct for i in items[:5]] == [False] * 5
     with pytest.raises(ValueError, match="'6' has no answer"):
         score(items[5], "Rome")
+
+
+@pytest.mark.parametrize("precision", [0, 0.0])
+def test_a_precision_of_no_decimals(precision, tmp_path):
+    row = {"id": "1", "question": "x?", "answer": 12, "answer_type": "float", "precision": precision}
+    item, = load_task("jsonl", lines(tmp_path / "t.jsonl", row))
+    assert score(item, "12.3").correct and not score(item, "12.6").correct
 
 
 GOOD = {"id": "1", "question": "x?", "images": [], "choices": ["a", "b"], "answer": "a", "answer_type": "choice"}
