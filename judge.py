@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from dpo import sequence_logps
-from eval import Answer, judge_report, load_task, wilson
+from eval import Answer, judge_report, load_task
 from eval import score as exact_match
+from gate import clustered_ratio
 from loop.demo import replaced
 from loop.flags import TrainingFlags
 from loop.optimise import load_trainable, load_training_state, make_optimiser, optimiser_step, training_state
@@ -267,7 +268,8 @@ def judge(run: Run, vlm: VLM, state: State, by_id: dict[str, Item]) -> None:
     kept = kept_judgments(judged, cfg.order_filter)
     state.kept = balanced(kept, cfg.seed * 1000 + number, cfg.most) if cfg.balance else random.Random(
         cfg.seed * 1000 + number).sample(kept, min(cfg.most, len(kept)))
-    state.judged = {"iteration": number, "pairs": len(judged), "kept_share": wilson(len(kept) / 2, len(judged)),
+    share = clustered_ratio((len(kept_judgments([pair], cfg.order_filter)), 2) for pair in judged)
+    state.judged = {"iteration": number, "pairs": len(judged), "kept_share": share | {"n": len(judged)},
                     "trained_on": len(state.kept)}
     run.write_lines(f"pairs/judged-{number}.jsonl", (asdict(each) for both in judged for each in both))
 
