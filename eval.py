@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         elif cfg.responses:
             score_responses(cfg)
         else:
-            items = load_scored(cfg)
+            items = load_scorable(cfg)
             out = open_output(cfg)
             # Here and not above: whoever scores answers from elsewhere needs neither torch nor model/.
             import torch
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 def export(cfg: Config) -> None:
     """Write the task as JSON lines; items without an answer too."""
     path = Path(cfg.export)
-    keep_inputs(cfg, path)
+    check_outputs(cfg, path)
     items = load_task(cfg.task, cfg.data, cfg.split, cfg.limit)
     print(f"{jsonl.export_items(items, path)} items written to {cfg.export}")
 
@@ -119,8 +119,8 @@ def score_responses(cfg: Config) -> None:
     out = None
     if cfg.out:
         out = output_files(cfg.out)
-        keep_inputs(cfg, out.report, out.answers)
-    items = load_scored(cfg)
+        check_outputs(cfg, out.report, out.answers)
+    items = load_scorable(cfg)
     completions = jsonl.answers_from_elsewhere(cfg.responses, items, others=cfg.limit is not None)
     finish(items, completions, out)
 
@@ -166,7 +166,7 @@ def score(item: Item, response: str) -> Verdict:
     return task_module(item.task).score(item, response)
 
 
-def load_scored(cfg: Config) -> list[Item]:
+def load_scorable(cfg: Config) -> list[Item]:
     """The items to be scored, pairs in both orders; ValueError where an answer is hidden."""
     items = load_task(cfg.task, cfg.data, cfg.split, cfg.limit)
     hidden = [item.id for item in items if item.answer is None]
@@ -192,8 +192,8 @@ def score_answers(items: Sequence[Item], completions: Sequence[Response]) -> lis
 def share(outcomes: Sequence[bool | None], verdicts: int = 1) -> Figure:
     """Share of True among the outcomes that are known (not None), with gate.py's 95 % interval.
 
-    Every `verdicts` outcomes in a row belong to one item. One each: the exact interval of a proportion. A pair's two
-    verdicts are not independent of each other: there the interval is of a ratio over pairs.
+    Every `verdicts` outcomes in a row belong to one item. With one each, the interval is the exact one of a proportion.
+    A pair's two verdicts depend on each other, so there it is the interval of a ratio over independent pairs.
     """
     # Here and not above: at top level this file imports the standard library, Pillow and tasks/ only.
     from gate import clustered_ratio, proportion
@@ -361,7 +361,7 @@ def output_files(out: str | Path) -> Output:
         config=folder / f"{start}config.json")
 
 
-def keep_inputs(cfg: Config, *written: Path) -> None:
+def check_outputs(cfg: Config, *written: Path) -> None:
     """ValueError where a file to be written is one that is read: --data's, --responses', --model's."""
     inputs = {"data": cfg.data, "responses": cfg.responses, "model": cfg.model and Path(cfg.model, "config.json")}
     for path in written:
@@ -376,7 +376,7 @@ def open_output(cfg: Config) -> Output:
     now = settings(cfg)
     name = hashlib.sha256(json.dumps(now).encode()).hexdigest()[:8]
     out = output_files(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name}-{name}"))
-    keep_inputs(cfg, out.report, out.answers, out.responses, out.config)
+    check_outputs(cfg, out.report, out.answers, out.responses, out.config)
 
     if out.responses.exists():
         before = json.loads(out.config.read_text()) if out.config.exists() else {}

@@ -40,6 +40,12 @@ ASK = {
     "list": "Answer with a list, e.g., [1, 2, 3].",
     "text": SAY,
 }
+OPTIONAL_KEYS = {                       # keys that may be missing or null, and what they hold otherwise
+    "question": (str, "a text"),
+    "prompt": (str, "a text"),
+    "images": (list, "a list"),
+    "group": (dict, "an object"),
+}
 MOST_TOKENS = 2 ** 31 - 1               # of a response; only its length is kept
 
 Key = tuple[str, bool]                  # (item id, swapped): a pair's two orders share their id
@@ -68,10 +74,9 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
 def make_item(row: dict, base: Path | None = None) -> Item:
     """A line's object as an item or, where it has "responses", as a pair; pictures lie below `base`."""
     name = _id(row)
-    for key, kind, form in (("question", str, "a text"), ("prompt", str, "a text"), ("images", list, "a list"),
-                            ("group", dict, "an object")):
+    for key, (expected, form) in OPTIONAL_KEYS.items():
         value = row.get(key)
-        if value is not None and not isinstance(value, kind):
+        if value is not None and not isinstance(value, expected):
             raise ValueError(f"row {name!r}: {key} is {value!r}, not {form}")
 
     question = row.get("question") or row.get("prompt")
@@ -287,9 +292,9 @@ def _response(row: dict, where: str) -> Response:
 # ---- reading and writing
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Every line's object after "FILE line N"; blank lines are passed over, anything else is a ValueError.
+    """Yields ("FILE line N", object) for every line that is not blank; ValueError where a line is no JSON object.
 
-    So is a text with half a surrogate pair ("\\ud800"): JSON allows it, but no file can hold it.
+    A text with half a surrogate pair ("\\ud800") is a ValueError too: JSON allows it, but no file can hold it.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
