@@ -2,7 +2,7 @@
 
     load    BLINK-Benchmark/BLINK, <Subtask>/val-*.parquet for every subtask
     ask     the pictures in order, then the data set's `prompt` as it stands
-    score   answers.LETTER_RULES
+    score   choices.LETTER_RULES
 
 https://github.com/zeyofu/BLINK_Benchmark. The official figure is the unweighted mean over the subtasks. For three
 subtasks the published runs put a disclaimer in front (the questions show people's faces or works); the wording below
@@ -13,13 +13,15 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from tasks import Item, Verdict, column, encoded_image, is_hidden, read_parquet, row_name
-from tasks.answers import LETTERS
+from tasks import Item, Verdict
+from tasks.choices import option_index
+from tasks.loading import column, encoded_image, is_hidden, read_parquet, row_name
 from tasks.values import check_answer, grade
 
 SPLIT = "val"
-MACRO, OFFICIAL = {"blink": "sub_task"}, "macro"
-PICTURES = tuple(f"image_{k}" for k in range(1, 5))
+MACRO = {"blink": "sub_task"}
+OFFICIAL = "macro"
+PICTURES = ("image_1", "image_2", "image_3", "image_4")
 COLUMNS = ("idx", "sub_task", "prompt", *PICTURES, "choices", "answer")
 DISCLAIMER = ("Judge only what the pictures show. Nobody in them is to be named, and nothing is to be assumed about "
               "anyone beyond what this question gives.\n\n")
@@ -29,23 +31,39 @@ DISCLAIMED = ("Art_Style", "Forensic_Detection", "Jigsaw")
 def load(name: str, directory: str | Path | None = None, split: str | None = None,
          limit: int | None = None) -> list[Item]:
     """The items of a split, subtask by subtask."""
-    return [make_item(row) for row in islice(read_parquet(name, directory, split or SPLIT, COLUMNS), limit)]
+    rows = read_parquet(name, directory, split or SPLIT, COLUMNS)
+    return [make_item(row) for row in islice(rows, limit)]
 
 
 def make_item(row: dict) -> Item:
     """A row as an item; the answer is given as "(B)"."""
-    prompt, choices, name = column(row, "prompt"), tuple(column(row, "choices")), str(row.get("idx", ""))
-    subtask = row.get("sub_task") or "_".join(name.split("_")[1:-1])  # val_Art_Style_1
+    prompt = column(row, "prompt")
+    choices = tuple(column(row, "choices"))
+    name = str(row.get("idx", ""))
+    subtask = row.get("sub_task") or "_".join(name.split("_")[1:-1])        # val_Art_Style_1
+
     answer = column(row, "answer", null=True)
-    if not is_hidden(answer):
-        k = LETTERS.find(answer.strip("() ")) if len(answer.strip("() ")) == 1 else -1
-        if not 0 <= k < len(choices):
+    if is_hidden(answer):
+        answer = None
+    else:
+        k = option_index(answer.strip("() "), choices)
+        if k is None:
             raise ValueError(f"row {row_name(row)!r}: the answer {answer!r} is none of its {len(choices)} choices")
-    images = tuple(image for image in map(encoded_image, map(row.get, PICTURES)) if image is not None)
-    text = DISCLAIMER + prompt if subtask in DISCLAIMED else prompt
-    return check_answer(Item(name, "blink", (*range(len(images)), text), images,
-                             None if is_hidden(answer) else choices[k], "choice", choices,
-                             group={"sub_task": subtask} if subtask else {}))
+        answer = choices[k]
+
+    pictures = [encoded_image(row.get(key)) for key in PICTURES]
+    images = tuple(picture for picture in pictures if picture is not None)
+    if subtask in DISCLAIMED:
+        prompt = DISCLAIMER + prompt
+    return check_answer(Item(
+        id=name,
+        task="blink",
+        prompt=(*range(len(images)), prompt),
+        images=images,
+        answer=answer,
+        answer_type="choice",
+        choices=choices,
+        group={"sub_task": subtask} if subtask else {}))
 
 
 def score(item: Item, response: str) -> Verdict:

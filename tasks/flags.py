@@ -8,7 +8,7 @@
             check_ranges(self)
     cfg = parse_flags(Config, __doc__)
 
-A ValueError of `__post_init__` is, like an unknown flag, a usage error (exit 2).
+A ValueError of `__post_init__` is a usage error (exit 2), as an unknown flag is. Standard library only.
 """
 from __future__ import annotations
 
@@ -18,32 +18,49 @@ import types
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-C = TypeVar("C")
+C = TypeVar("C")                                # a Config
+PLACEHOLDERS = {int: "N", float: "X"}           # what --help shows for a flag's value; TEXT for the rest
 
 
 def flag(default: Any, help: str, choices: tuple | None = None, low: float = -math.inf, high: float = math.inf) -> Any:
     """A dataclass field that is also a command-line flag; `low` and `high` are the bounds that check_ranges checks."""
     metadata = {"help": help, "choices": choices, "low": low, "high": high}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default_factory=lambda: list(default), metadata=metadata)      # a new list for every Config
     return field(default=default, metadata=metadata)
 
 
 def check_ranges(config: Any) -> None:
     """ValueError that names the flag whose value lies outside its bounds (NaN does)."""
-    for each in fields(config):
-        value, low, high = getattr(config, each.name), each.metadata["low"], each.metadata["high"]
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and low <= value <= high):
-            allowed = (f"in [{low:g}, {high:g}]" if high < math.inf else
-                       f"at least {low:g}" if math.isfinite(value) else "a finite number")
-            raise ValueError(f"--{each.name.replace('_', '-')} must be {allowed}, not {value}")
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if not isinstance(value, (int, float)):
+            continue
+        low = entry.metadata["low"]
+        high = entry.metadata["high"]
+        if math.isfinite(value) and low <= value <= high:
+            continue
+
+        if high < math.inf:
+            allowed = f"in [{low:g}, {high:g}]"
+        elif math.isfinite(value):
+            allowed = f"at least {low:g}"
+        else:
+            allowed = "a finite number"
+        raise ValueError(f"{flag_name(entry)} must be {allowed}, not {value}")
+
+
+def flag_name(entry: Field) -> str:
+    """max_new_tokens -> --max-new-tokens."""
+    return "--" + entry.name.replace("_", "-")
 
 
 def parse_flags(config: type[C], description: str | None, argv: list[str] | None = None) -> C:
     """Read `argv` (default: the command line) into `config`; usage errors print one sentence and exit with 2."""
     parser = build_parser(config, description)
+    given = vars(parser.parse_args(argv))
     try:
-        return config(**vars(parser.parse_args(argv)))
+        return config(**given)
     except ValueError as error:
         parser.error(str(error))
 
@@ -57,25 +74,43 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(config: type, description: str | None) -> argparse.ArgumentParser:
     """A parser whose namespace holds only the flags that were given: the dataclass fills in its own defaults."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)
     hints = get_type_hints(config)
-    for each in fields(config):
-        parser.add_argument("--" + each.name.replace("_", "-"), **_argument(each, hints[each.name]))
+    for entry in fields(config):
+        parser.add_argument(flag_name(entry), **_argument_options(entry, hints[entry.name]))
     return parser
 
 
-def _argument(each: Field, hint: Any) -> dict[str, Any]:
-    default = each.default if each.default_factory is MISSING else each.default_factory()
-    shown = "" if default in (None, "", []) or isinstance(default, bool) else f" (default {default})"
-    options: dict[str, Any] = {"help": (each.metadata["help"] + shown).replace("%", "%%")}
-    if get_origin(hint) in (Union, types.UnionType):                       # int | None -> int
-        hint = next(a for a in get_args(hint) if a is not type(None))
+def _argument_options(entry: Field, hint: Any) -> dict[str, Any]:
+    """What `add_argument` is told of a field: its help, its type and how many values it takes."""
+    options: dict[str, Any] = {"help": _help(entry).replace("%", "%%")}     # argparse fills in what follows a %
+    if get_origin(hint) in (Union, types.UnionType):
+        [hint] = [part for part in get_args(hint) if part is not type(None)]        # int | None -> int
+
     if hint is bool:
-        return options | {"action": argparse.BooleanOptionalAction}
+        options["action"] = argparse.BooleanOptionalAction                  # --fast and --no-fast
+        return options
     if get_origin(hint) is list:
-        return options | {"nargs": "+", "type": get_args(hint)[0]}
-    options |= {"type": hint, "choices": each.metadata["choices"]}
-    if each.metadata["choices"] is None:
-        options["metavar"] = {int: "N", float: "X"}.get(hint, "TEXT")
+        options["nargs"] = "+"
+        options["type"] = get_args(hint)[0]
+        return options
+
+    options["type"] = hint
+    options["choices"] = entry.metadata["choices"]
+    if entry.metadata["choices"] is None:
+        options["metavar"] = PLACEHOLDERS.get(hint, "TEXT")
     return options
+
+
+def _help(entry: Field) -> str:
+    """A flag's help, with its default where that says something."""
+    default = entry.default
+    if entry.default_factory is not MISSING:
+        default = entry.default_factory()
+    if isinstance(default, bool) or default in (None, "", []):
+        return entry.metadata["help"]
+    return f"{entry.metadata['help']} (default {default})"

@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,18 +23,35 @@ from typing import Any
 
 from PIL import Image
 
-from tasks import Item, Verdict, column, data_path, encoded_image, row_name
-from tasks.answers import LETTERS, same
-from tasks.mmmu import CHOOSE, SAY, interleave
+from tasks import Item, Verdict, encoded_bytes
+from tasks.answers import same
+from tasks.choices import LETTERS, option_index
+from tasks.loading import column, data_path, encoded_image, row_name
+from tasks.mmmu import SAY, choice_prompt, interleave
 from tasks.rewardbench import Comparison, show
 from tasks.rewardbench import score as score_pair
 from tasks.values import check_answer, grade
 
 MACRO = {"jsonl": "group"}
 TYPES = ("choice", "integer", "float", "list", "text")
-ASK = {"integer": "Answer with a whole number.", "float": "Answer with a number.",
-       "list": "Answer with a list, e.g., [1, 2, 3].", "text": SAY}
+ASK = {
+    "integer": "Answer with a whole number.",
+    "float": "Answer with a number.",
+    "list": "Answer with a list, e.g., [1, 2, 3].",
+    "text": SAY,
+}
+OPTIONAL_KEYS = {                       # keys that may be missing or null, and what they hold otherwise
+    "question": (str, "a text"),
+    "prompt": (str, "a text"),
+    "images": (list, "a list"),
+    "group": (dict, "an object"),
+}
+MOST_TOKENS = 2 ** 31 - 1               # of a response; only its length is kept
 
+Key = tuple[str, bool]                  # (item id, swapped): a pair's two orders share their id
+
+
+# ---- items and pairs
 
 def load(name: str, directory: str | Path | None = None, split: str | None = None,
          limit: int | None = None) -> list[Item]:
@@ -42,6 +59,7 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
     path = data_path(name, directory)
     if split is not None:
         raise ValueError(f"a JSON lines file has no splits, so no {split!r}")
+
     items = []
     for where, row in islice(read_lines(path), limit):
         try:
@@ -55,173 +73,321 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
 
 def make_item(row: dict, base: Path | None = None) -> Item:
     """A line's object as an item or, where it has "responses", as a pair; pictures lie below `base`."""
-    name, question, prompt = column(row, "id"), row.get("question"), row.get("prompt")
+    name = _id(row)
+    for key, (expected, form) in OPTIONAL_KEYS.items():
+        value = row.get(key)
+        if value is not None and not isinstance(value, expected):
+            raise ValueError(f"row {name!r}: {key} is {value!r}, not {form}")
+
+    question = row.get("question") or row.get("prompt")
+    if not question:
+        raise ValueError(f"row {name!r}: the question is missing or empty")
+    group = _group(row, name)
+    pictures = [encoded_image(image, base) for image in row.get("images") or ()]
+    if "responses" in row:
+        present = tuple(picture for picture in pictures if picture is not None)
+        return _pair(row, name, question, present, group)
+
+    kind = _answer_type(row, name)
+    choices = _choices(row, name, kind)
+    precision = _precision(row, name)
+    prompt, images = interleave(row.get("prompt") or _prompt(question, kind, choices), pictures)
+    return check_answer(Item(
+        id=name,
+        task="jsonl",
+        prompt=prompt,
+        images=images,
+        answer=_answer(row, kind, choices),
+        answer_type=kind,
+        choices=choices or None,
+        precision=precision,
+        group=group))
+
+
+def _id(row: dict) -> str:
+    """The row's id as text; ValueError unless it is a text or a whole number (True is neither)."""
+    name = column(row, "id")
     if type(name) not in (str, int) or name == "":
         raise ValueError(f"id is {name!r}, not a non-empty text or a whole number")
-    name, images, group = str(name), row.get("images"), row.get("group")
-    for key, value, kind, form in (("question", question, str, "a text"), ("prompt", prompt, str, "a text"),
-                                   ("images", images, list, "a list"), ("group", group, dict, "an object")):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"row {name!r}: {key} is {value!r}, not {form}")
-    if not (question := question or prompt):
-        raise ValueError(f"row {name!r}: the question is missing or empty")
-    for key, value in (group := group or {}).items():
-        if not all(isinstance(each, str) for each in (value if isinstance(value, list) else [value])):
+    return str(name)
+
+
+def _group(row: dict, name: str) -> dict[str, str | list[str]]:
+    """What reports break figures down by; ValueError unless each value is a text or a list of texts."""
+    group = row.get("group") or {}
+    for key, value in group.items():
+        if not isinstance(value, str) and not _is_texts(value):
             raise ValueError(f"row {name!r}: group {key!r} is {value!r}, not a text or a list of texts")
-    pictures = [encoded_image(image, base) for image in images or ()]
-    if "responses" in row:
-        return _pair(row, name, question, tuple(p for p in pictures if p is not None), group)
-    kind, choices = column(row, "answer_type"), row.get("choices")
+    return group
+
+
+def _is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts."""
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(entry, str) for entry in value)
+
+
+def _answer_type(row: dict, name: str) -> str:
+    """Item.answer_type; ValueError for an unknown one."""
+    kind = column(row, "answer_type")
     if kind not in TYPES:
         raise ValueError(f"row {name!r}: answer_type is {kind!r}, not one of {', '.join(TYPES)}")
-    if choices is not None and (not isinstance(choices, list) or not all(isinstance(c, str) for c in choices)):
+    return kind
+
+
+def _choices(row: dict, name: str, kind: str) -> tuple[str, ...]:
+    """The options' texts, () where there are none; ValueError where a choice has none or more than letters."""
+    choices = row.get("choices")
+    if choices is not None and not _is_texts(choices):
         raise ValueError(f"row {name!r}: choices is {choices!r}, not null or a list of texts")
-    if kind == "choice" and not choices or len(choices or ()) > len(LETTERS):
+    choices = tuple(choices or ())
+    too_few = kind == "choice" and not choices
+    if too_few or len(choices) > len(LETTERS):
         raise ValueError(f"row {name!r}: answer_type choice needs 1 to {len(LETTERS)} choices")
+    return choices
+
+
+def _precision(row: dict, name: str) -> int | None:
+    """The decimals that an answer is compared at; 2.0 is 2."""
     precision = row.get("precision")
-    if precision is not None and not (type(precision) is int or type(precision) is float and precision.is_integer()):
+    if precision is None:
+        return None
+    whole = isinstance(precision, float) and precision.is_integer()
+    if type(precision) is not int and not whole:
         raise ValueError(f"row {name!r}: precision is {precision!r}, not null or a whole number")
-    prompt, used = interleave(prompt or _prompt(question, kind, choices), pictures)
-    return check_answer(Item(name, "jsonl", prompt, used, _answer(row, kind, choices), kind,
-                             tuple(choices) if choices else None, precision and int(precision), group))
+    return int(precision)
 
 
-def _pair(row: dict, name: str, question: str, images: tuple[bytes | Path, ...], group: dict) -> Comparison:
-    responses, better = row["responses"], row.get("better")
-    if not isinstance(responses, list) or len(responses) != 2 or not all(isinstance(r, str) for r in responses):
-        raise ValueError(f"row {name!r}: responses is not a list of two texts")
-    if better not in (1, 2, None) or isinstance(better, bool):
-        raise ValueError(f"row {name!r}: better is {better!r}, not 1 or 2")
-    return show(Comparison(name, "jsonl", (), images, group=group, question=question, responses=tuple(responses),
-                           better=better))
-
-
-def _prompt(question: str, kind: str, choices: Sequence[str] | None) -> str:
+def _prompt(question: str, kind: str, choices: Sequence[str]) -> str:
     """The question, its options and what form the answer is to have (MMMU's template)."""
-    if kind != "choice":
-        return f"{question}\n{ASK[kind]}"
-    return question + "\n" + "".join(f"({a}) {choice}\n" for a, choice in zip(LETTERS, choices)) + "\n" + CHOOSE
+    if kind == "choice":
+        return choice_prompt(question, choices)
+    return f"{question}\n{ASK[kind]}"
 
 
-def _answer(row: dict, kind: str, choices: Sequence[str] | None) -> str | list[str] | None:
+def _answer(row: dict, kind: str, choices: Sequence[str]) -> str | list[str] | None:
     """The answer in Item's form: an option's text, a number or list as text, one text or several."""
     answer = column(row, "answer", null=True)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and kind in ("integer", "float"):
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if is_number and kind in ("integer", "float"):
         return repr(answer)
     if isinstance(answer, list) and kind == "list":
         return repr(answer)
-    if isinstance(answer, list) and kind == "text" and answer and all(isinstance(a, str) for a in answer):
+    if kind == "text" and answer and _is_texts(answer):
         return answer
     if answer is not None and not isinstance(answer, str):
         raise ValueError(f"row {row_name(row)!r}: {answer!r} is no answer of type {kind}")
+
     if kind == "choice" and answer is not None and not any(same(answer, choice) for choice in choices):
-        k = LETTERS.find(answer.strip("() ")) if len(answer.strip("() ")) == 1 else -1
-        return choices[k] if 0 <= k < len(choices) else answer
+        k = option_index(answer.strip("() "), choices)
+        if k is not None:
+            return choices[k]
     return answer
+
+
+def _pair(row: dict, name: str, question: str, images: tuple[bytes | Path, ...],
+          group: dict[str, str | list[str]]) -> Comparison:
+    """A line with "responses" as a pair, shown in its own order."""
+    responses = row["responses"]
+    if not _is_texts(responses) or len(responses) != 2:
+        raise ValueError(f"row {name!r}: responses is not a list of two texts")
+    better = row.get("better")
+    if better not in (1, 2, None) or isinstance(better, bool):
+        raise ValueError(f"row {name!r}: better is {better!r}, not 1 or 2")
+    return show(Comparison(
+        id=name,
+        task="jsonl",
+        prompt=(),                                                  # show() writes it
+        images=images,
+        group=group,
+        question=question,
+        responses=tuple(responses),
+        better=better))
 
 
 def score(item: Item, response: str) -> Verdict:
     """By the item's answer_type; pairs by the verdict."""
-    return score_pair(item, response) if isinstance(item, Comparison) else grade(item, response)
+    if isinstance(item, Comparison):
+        return score_pair(item, response)
+    return grade(item, response)
 
+
+# ---- responses
 
 @dataclass(frozen=True)
 class Response:
     """What a model answered, as `score_answers` needs it: model.Completion has the same three names."""
     text: str
-    token_ids: Sequence[int] | None = None                           # None: not known; only its length is used
-    finish_reason: str | None = None                                 # "stop", "length", None: not known
+    token_ids: Sequence[int] | None = None                          # None: not known; only its length is used
+    finish_reason: str | None = None                                # "stop", "length", None: not known
+
+
+def key_of(item: Item) -> Key:
+    """What a response is filed under."""
+    swapped = isinstance(item, Comparison) and item.swapped
+    return item.id, swapped
+
+
+def item_keys(item: Item) -> dict[str, Any]:
+    """What a line about a response begins with: the item's id, and a pair's order."""
+    if isinstance(item, Comparison):
+        return {"id": item.id, "swapped": item.swapped}
+    return {"id": item.id}
+
+
+def answers_from_elsewhere(path: str | Path, items: Sequence[Item], others: bool) -> list[Response]:
+    """One response an item, in the items' order; a missing one is an error, not a wrong answer."""
+    responses = read_responses(path, items, others)
+    missing = [key_of(item) for item in items if key_of(item) not in responses]
+    if missing:
+        name, swapped = missing[0]
+        order = ' with "swapped": true' if swapped else ""
+        raise ValueError(f"{path} has no response for {len(missing)} of {len(items)} questions, first {name!r}{order}"
+                         '; give "" as the response to count it as wrong')
+    return [responses[key_of(item)] for item in items]
+
+
+def read_responses(path: str | Path, items: Sequence[Item], others: bool = False) -> dict[Key, Response]:
+    """Responses by item and order from JSON lines; bad, double or foreign lines (unless `others`) are ValueErrors."""
+    known = {key_of(item) for item in items}
+    responses: dict[Key, Response] = {}
+    for where, row in read_lines(path):
+        key = _response_key(row, where)
+        response = _response(row, where)
+        _, swapped = key
+        if key in responses:
+            order = " (swapped)" if swapped else ""
+            raise ValueError(f"{where}: a second response for item {row['id']!r}{order}")
+        if key not in known and not others:
+            order = " to swap" if swapped else ""
+            raise ValueError(f"{where}: the task has no item {row['id']!r}{order}")
+        responses[key] = response
+    return responses
+
+
+def _response_key(row: dict, where: str) -> Key:
+    """The item and order that a line answers; ValueError that names the line where it is no answer."""
+    name = row.get("id")
+    swapped = row.get("swapped", False)
+    named = type(name) in (str, int) and isinstance(swapped, bool)
+    if not named or not isinstance(row.get("response"), str):
+        raise ValueError(f'{where}: needs "id" and "response" as text and "swapped", if any, true or false')
+    return str(name), swapped
+
+
+def _response(row: dict, where: str) -> Response:
+    """A line's response; ValueError that names the line where its optional keys are wrong."""
+    reason = row.get("finish_reason")
+    if reason is not None and not isinstance(reason, str):
+        raise ValueError(f"{where}: finish_reason is {reason!r}, not a text or null")
+    tokens = row.get("tokens")
+    if tokens is None:
+        return Response(row["response"], None, reason)
+    if type(tokens) is not int or not 0 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"{where}: tokens is {tokens!r}, not a whole number from 0 to {MOST_TOKENS}")
+    return Response(row["response"], range(tokens), reason)
 
 
 # ---- reading and writing
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Every line's object after "FILE line N"; blank lines are passed over, anything else is a ValueError.
+    """Yields ("FILE line N", object) for every line that is not blank; ValueError where a line is no JSON object.
 
-    So is a text with half a surrogate pair ("\\ud800"): JSON allows it, but no file can hold it.
+    A text with half a surrogate pair ("\\ud800") is a ValueError too: JSON allows it, but no file can hold it.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
+
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path} line {number}"
         try:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{path} line {number} holds {error.object[error.start]!r}, half a character") from None
+            raise ValueError(f"{where} holds {error.object[error.start]!r}, half a character") from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+            raise ValueError(f"{where} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is not an object")
-        yield f"{path} line {number}", row
-
-
-def key_of(item: Item) -> tuple[str, bool]:
-    """What a response is filed under: a pair's two orders share their id."""
-    return item.id, isinstance(item, Comparison) and item.swapped
-
-
-def read_responses(path: str | Path, items: Sequence[Item], others: bool = False) -> dict[tuple[str, bool], Response]:
-    """Responses by item and order from JSON lines; bad, double or foreign lines (unless `others`) are ValueErrors."""
-    known, found = {key_of(item) for item in items}, {}
-    for where, row in read_lines(path):
-        name, text, swapped = row.get("id"), row.get("response"), row.get("swapped", False)
-        if type(name) not in (str, int) or not isinstance(text, str) or not isinstance(swapped, bool):
-            raise ValueError(f'{where}: needs "id" and "response" as text and "swapped", if any, true or false')
-        key, tokens, reason = (str(name), swapped), row.get("tokens"), row.get("finish_reason")
-        if reason is not None and not isinstance(reason, str):
-            raise ValueError(f"{where}: finish_reason is {reason!r}, not a text or null")
-        if tokens is not None and not (type(tokens) is int and 0 <= tokens < 2 ** 31):
-            raise ValueError(f"{where}: tokens is {tokens!r}, not a whole number from 0 to {2 ** 31 - 1}")
-        if key in found:
-            raise ValueError(f"{where}: a second response for item {name!r}" + " (swapped)" * swapped)
-        if key not in known and not others:
-            raise ValueError(f"{where}: the task has no item {name!r}" + " to swap" * swapped)
-        found[key] = Response(text, None if tokens is None else range(tokens), reason)
-    return found
+            raise ValueError(f"{where} is not an object")
+        yield where, row
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside its place, then rename it there: it is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
+    aside = _aside(path)
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
+def _aside(path: Path) -> Path:
+    """Where a file is written before it is renamed."""
+    return path.with_name(path.name + ".tmp")
+
+
+def check_replaceable(path: Path, inputs: Mapping[str, str | Path | None], flag: str) -> None:
+    """ValueError where `write_whole` would replace a folder, or one of the `inputs` (a flag's name -> its file).
+
+    `flag` is what names `path` on the command line.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and a file is to be written there; give another name")
+    for place in (path, _aside(path)):
+        for name, read in inputs.items():
+            if read and Path(read).exists() and place.exists() and place.samefile(read):
+                raise ValueError(f"{place} is the file of --{name}, which would be replaced; give another {flag}")
+
+
 def prompt_text(item: Item) -> str:
     """The prompt as one text, with "<image k>" where picture k is shown."""
-    return "".join(part if isinstance(part, str) else f"<image {part + 1}>" for part in item.prompt)
+    text = ""
+    for part in item.prompt:
+        if isinstance(part, str):
+            text += part
+        else:
+            text += f"<image {part + 1}>"                           # people count pictures from 1
+    return text
 
 
 def export_items(items: Sequence[Item], path: Path) -> int:
     """Write items as JSON lines with their pictures in a folder beside it; returns how many."""
     folder = path.with_name(path.stem + "_images")
-    rows = []
+    lines = []
     for item in items:
         row: dict[str, Any] = {"id": item.id, "images": [_write_image(image, folder) for image in item.images]}
         if isinstance(item, Comparison):
-            row |= {"question": item.question, "responses": list(item.responses), "better": item.better}
+            row["question"] = item.question
+            row["responses"] = list(item.responses)
+            row["better"] = item.better
         else:
             text = prompt_text(item)
-            row |= {"question": text, "prompt": text, "choices": item.choices, "answer": item.answer,
-                    "answer_type": item.answer_type, "precision": item.precision}
-        rows.append(json.dumps(row | {"group": item.group}, ensure_ascii=False))
-    write_whole(path, "".join(row + "\n" for row in rows))
-    return len(rows)
+            row["question"] = text
+            row["prompt"] = text
+            row["choices"] = item.choices
+            row["answer"] = item.answer
+            row["answer_type"] = item.answer_type
+            row["precision"] = item.precision
+        row["group"] = item.group
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
+    return len(lines)
 
 
 def _write_image(image: bytes | Path, folder: Path) -> str:
     """Copy an encoded picture into `folder` under its hash, once; returns the path relative to the folder's parent."""
-    data = image if isinstance(image, bytes) else image.read_bytes()
+    data = encoded_bytes(image)
     try:
-        kind = (Image.open(io.BytesIO(data)).format or "bin").lower()
+        kind = Image.open(io.BytesIO(data)).format or "bin"
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode {'a picture' if image is data else image}: {error}") from None
-    path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
+        name = "a picture" if isinstance(image, bytes) else image
+        raise ValueError(f"cannot decode {name}: {error}") from None
+
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind.lower()}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

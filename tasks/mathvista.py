@@ -13,14 +13,16 @@ import math
 from itertools import islice
 from pathlib import Path
 
-from tasks import Item, Verdict, column, data_path, encoded_image, is_hidden, read_json, read_parquet, row_name
-from tasks.answers import LETTERS
+from tasks import Item, Verdict
+from tasks.choices import LETTERS
+from tasks.loading import column, data_path, encoded_image, is_hidden, read_json, read_parquet, row_name
 from tasks.values import check_answer, grade
 
 SPLIT = "testmini"
 COLUMNS = ("pid", "question", "image", "decoded_image", "choices", "unit", "precision", "answer", "question_type",
            "answer_type", "metadata", "query")
-GROUPS = ("language", "source", "category", "task", "context", "grade", "skills")
+ROW_GROUPS = ("question_type", "answer_type")                       # columns that reports break figures down by
+METADATA_GROUPS = ("language", "source", "category", "task", "context", "grade", "skills")
 HINTS = {
     "choice": "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
     "integer": "Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, "
@@ -37,44 +39,79 @@ HINTS = {
 def load(name: str, directory: str | Path | None = None, split: str | None = None,
          limit: int | None = None) -> list[Item]:
     """The items of a split: from parquet files where there are any, else from <split>.json and its pictures."""
-    path, split = data_path(name, directory), split or SPLIT
+    path = data_path(name, directory)
+    split = split or SPLIT
     files = [path] if path.suffix == ".json" else sorted(path.rglob(f"{split}.json"))
     if not files or any(path.rglob("*.parquet")):
-        return [make_item(row) for row in islice(read_parquet(name, path, split, COLUMNS), limit)]
-    rows = read_json(files[0])
-    rows = rows.items() if isinstance(rows, dict) else enumerate(rows)
-    folder = files[0].parent                                         # images/ is unpacked there or beside it
+        rows = read_parquet(name, path, split, COLUMNS)
+        return [make_item(row) for row in islice(rows, limit)]
+
+    content = read_json(files[0])                                   # {pid: row}, or a list of rows
+    numbered = content.items() if isinstance(content, dict) else enumerate(content)
+    folder = files[0].parent                                        # images/ is unpacked there or beside it
     base = folder if (folder / "images").is_dir() else folder.parent
-    return [make_item({"pid": str(pid), **row}, base) for pid, row in islice(rows, limit)]
+    return [make_item({"pid": str(pid), **row}, base) for pid, row in islice(numbered, limit)]
 
 
 def make_item(row: dict, base: Path | None = None) -> Item:
     """A row as an item; pictures that are only named lie below `base`."""
-    choices, kind = row.get("choices"), row.get("answer_type")
-    if choices or row.get("question_type") == "multi_choice" or kind == "text":
-        choices, kind = tuple(column(row, "choices")), "choice"
-    elif column(row, "answer_type") not in ("integer", "float", "list"):
-        raise ValueError(f"row {row_name(row)!r} has the unknown answer_type {kind!r}")
-    precision = column(row, "precision", null=True) if kind == "float" else None
-    precision = None if precision is None or math.isnan(precision) else int(precision)
+    kind = _answer_type(row)
+    choices = tuple(column(row, "choices")) if kind == "choice" else None
+    precision = _precision(row) if kind == "float" else None
     answer = column(row, "answer", null=True)
     image = encoded_image(row.get("decoded_image")) or encoded_image(row.get("image"), base)
-    prompt = row.get("query") or query(row, kind, choices, precision)
-    meta = row.get("metadata") or {}
-    group = {key: row[key] for key in ("question_type", "answer_type") if row.get(key)}
-    group |= {key: meta[key] for key in GROUPS if meta.get(key)}
-    return check_answer(Item(str(row.get("pid", "")), "mathvista", (0, prompt) if image else (prompt,),
-                             (image,) if image else (), None if is_hidden(answer) else str(answer), kind,
-                             choices if kind == "choice" else None, precision, group))
+    text = row.get("query") or query(row, kind, choices, precision)
+    return check_answer(Item(
+        id=str(row.get("pid", "")),
+        task="mathvista",
+        prompt=(0, text) if image else (text,),
+        images=(image,) if image else (),
+        answer=None if is_hidden(answer) else str(answer),
+        answer_type=kind,
+        choices=choices,
+        precision=precision,
+        group=_group(row)))
+
+
+def _answer_type(row: dict) -> str:
+    """Item.answer_type of a row. The data set says "text" of options; some rows have them under another type."""
+    kind = row.get("answer_type")
+    if row.get("choices") or row.get("question_type") == "multi_choice" or kind == "text":
+        return "choice"
+    if column(row, "answer_type") not in ("integer", "float", "list"):
+        raise ValueError(f"row {row_name(row)!r} has the unknown answer_type {kind!r}")
+    return kind
+
+
+def _precision(row: dict) -> int | None:
+    """The decimals that an answer is compared at; parquet files write NaN where there is no such number."""
+    precision = column(row, "precision", null=True)
+    if precision is None or math.isnan(precision):
+        return None
+    return int(precision)
+
+
+def _group(row: dict) -> dict[str, str | list[str]]:
+    """What reports break figures down by: columns of the row and of its metadata, as far as they are filled."""
+    metadata = row.get("metadata") or {}
+    group = {key: row[key] for key in ROW_GROUPS if row.get(key)}
+    group |= {key: metadata[key] for key in METADATA_GROUPS if metadata.get(key)}
+    return group
 
 
 def query(row: dict, kind: str, choices: tuple[str, ...] | None, precision: int | None) -> str:
     """The data set's zero-shot prompt: "Hint: ...", "Question: ...", "Choices:"."""
-    hint = HINTS[f"float {2 if precision == 2 else 1}" if kind == "float" else kind]
+    if kind == "float":
+        hint = HINTS["float 2"] if precision == 2 else HINTS["float 1"]
+    else:
+        hint = HINTS[kind]
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
+
     lines = [f"Hint: {hint}", f"Question: {column(row, 'question')}{unit}"]
-    if kind == "choice":
-        lines += ["Choices:", *(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))]
+    if choices is not None:
+        lines.append("Choices:")
+        for letter, choice in zip(LETTERS, choices, strict=False):
+            lines.append(f"({letter}) {choice}")
     return "\n".join(lines).strip()
 
 

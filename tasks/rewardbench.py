@@ -12,19 +12,34 @@ The prompts ask what the published ones ask, for verdicts of the published form;
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from tasks import Item, Verdict, column, data_path, encoded_image, read_json, read_parquet, row_name
+from tasks import Item, Verdict
+from tasks.loading import column, data_path, encoded_image, read_json, read_parquet, row_name
 from verifier import COMPARISON, parse_preference
 
 SPLIT = "test"
 MACRO = {"vl_rewardbench": "group", "mm_rewardbench": "category", "jsonl": "group"}
 VL_COLUMNS = ("id", "query", "response", "image", "human_ranking")
 MM_COLUMNS = ("ID", "Text", "Image", "Output1", "Output2", "Better", "Category")
-GROUPS = (("mathverse", "reasoning"), ("mmmu", "reasoning"), ("rlaif", "hallucination"), ("rlhf", "hallucination"),
-          ("hallucination_pair", "hallucination"))                   # by the id's beginning; the rest is "general"
+
+# VL-RewardBench's groups, told by the id's beginning; the rest is "general".
+VL_GROUPS = {
+    "mathverse": "reasoning",
+    "mmmu": "reasoning",
+    "rlaif": "hallucination",
+    "rlhf": "hallucination",
+    "hallucination_pair": "hallucination",
+}
+# Multimodal RewardBench reports two categories in two parts: (the id's beginning, its part, the part of other ids).
+MM_PARTS = {
+    "safety": ("pairs", "bias", "toxicity"),
+    "reasoning": ("math", "math", "coding"),
+}
+
 LETTERED = """Compare the answers of two AI assistants to the user's question about the picture, and decide which one \
 follows the instructions and answers the question better. Weigh helpfulness, relevance, accuracy and detail. Neither \
 the order of the answers nor their length nor the assistants' names may count. Explain your comparison briefly, then \
@@ -60,28 +75,76 @@ class Comparison(Item):
 
 def show(pair: Comparison) -> Comparison:
     """The pair with prompt, choices and answer for the order it is shown in."""
-    first, second = reversed(pair.responses) if pair.swapped else pair.responses
-    text = PROMPTS[pair.task].replace("{question}", "\0").replace("{first}", "\1").replace("{second}", "\2")
-    text = text.translate({0: pair.question, 1: first, 2: second})    # at once: a response may hold "{second}"
-    answer = None if pair.better is None else str(3 - pair.better if pair.swapped else pair.better)
-    return replace(pair, prompt=(*range(len(pair.images)), text), choices=(first, second), answer=answer,
-                   answer_type="preference")
+    first, second = pair.responses
+    shown_better = pair.better
+    if pair.swapped:
+        first, second = second, first
+        if pair.better is not None:
+            shown_better = 3 - pair.better                          # 1 <-> 2
+
+    text = PROMPTS[pair.task].format(question=pair.question, first=first, second=second)
+    return replace(
+        pair,
+        prompt=(*range(len(pair.images)), text),
+        choices=(first, second),
+        answer=None if shown_better is None else str(shown_better),
+        answer_type="preference")
+
+
+def both_orders(items: Sequence[Item]) -> list[Item]:
+    """Every pair as it stands and swapped, next to each other; other items as they are."""
+    shown = []
+    for item in items:
+        shown.append(item)
+        if isinstance(item, Comparison):
+            shown.append(item.swap())
+    return shown
+
+
+def check_both_orders(items: Sequence[Comparison]) -> None:
+    """ValueError unless the items are pairs in both orders, as `both_orders` gives them."""
+    paired = len(items) % 2 == 0
+    for one, two in zip(items[::2], items[1::2], strict=False):
+        if one.id != two.id or one.swapped == two.swapped:
+            paired = False
+    if not paired:
+        raise ValueError("a judge is reported over pairs in both orders, one after the other: see both_orders")
 
 
 def load(name: str, directory: str | Path | None = None, split: str | None = None,
          limit: int | None = None) -> list[Comparison]:
     """One item a pair, in the data set's order; an id that occurs more than once gets its row's number."""
-    path, split = data_path(name, directory), split or SPLIT
+    path = data_path(name, directory)
     if name == "vl_rewardbench":
-        times = Counter(row["id"] for row in read_parquet(name, path, split, ("id",)) if "id" in row)
-        rows = islice(read_parquet(name, path, split, VL_COLUMNS), limit)
-        return [make_item({**row, "task": name, "id": f"{row['id']}#{number}" if times[row.get("id")] > 1 else
-                           row.get("id", "")}) for number, row in enumerate(rows)]
+        return _load_vl(path, split or SPLIT, limit)
+    return _load_mm(path, split or SPLIT, limit)
+
+
+def _load_vl(path: Path, split: str, limit: int | None) -> list[Comparison]:
+    """VL-RewardBench's pairs; it gives some ids twice."""
+    task = "vl_rewardbench"
+    times = Counter(row["id"] for row in read_parquet(task, path, split, ("id",)) if "id" in row)
+
+    items = []
+    rows = read_parquet(task, path, split, VL_COLUMNS)
+    for number, row in enumerate(islice(rows, limit)):
+        name = row.get("id", "")
+        if times[name] > 1:
+            name = f"{name}#{number}"
+        items.append(make_item({**row, "task": task, "id": name}))
+    return items
+
+
+def _load_mm(path: Path, split: str, limit: int | None) -> list[Comparison]:
+    """Multimodal RewardBench's pairs, from all_data.json or, where there is none, from the repack."""
+    task = "mm_rewardbench"
     files = [path] if path.suffix == ".json" else sorted(path.rglob("all_data.json"))
     if not files:
-        return [make_item({**row, "task": name})
-                for row in islice(read_parquet(name, path, split, MM_COLUMNS), limit)]
-    return [make_item({**row, "task": name}, base=files[0].parent) for row in islice(read_json(files[0]), limit)]
+        rows = read_parquet(task, path, split, MM_COLUMNS)
+        return [make_item({**row, "task": task}) for row in islice(rows, limit)]
+
+    rows = read_json(files[0])
+    return [make_item({**row, "task": task}, base=files[0].parent) for row in islice(rows, limit)]
 
 
 def make_item(row: dict, swapped: bool = False, base: Path | None = None) -> Comparison:
@@ -91,36 +154,64 @@ def make_item(row: dict, swapped: bool = False, base: Path | None = None) -> Com
 
 
 def _vl_pair(row: dict) -> Comparison:
-    responses, ranking = column(row, "response"), column(row, "human_ranking")
+    """A row of VL-RewardBench; `human_ranking` holds the rank, 0 or 1, of each response."""
+    name = str(row.get("id", ""))
+    responses = column(row, "response")
+    ranking = column(row, "human_ranking")
     if len(responses) != 2 or sorted(ranking) != [0, 1]:
         raise ValueError(f"row {row_name(row)!r}: needs 2 responses, ranked 0 and 1, not {len(responses)}, {ranking}")
-    image, name = encoded_image(row.get("image")), str(row.get("id", ""))
-    group = next((group for start, group in GROUPS if name.lower().startswith(start)), "general")
+
+    image = encoded_image(row.get("image"))
     question = column(row, "query").replace("<image>\n", "").replace("<image>", "")
-    return Comparison(name, "vl_rewardbench", (), (image,) if image else (), group={"group": group} if name else {},
-                      question=question, responses=tuple(responses), better=1 + ranking.index(0))
+    return Comparison(
+        id=name,
+        task="vl_rewardbench",
+        prompt=(),                                                  # show() writes it
+        images=(image,) if image else (),
+        group={"group": _vl_group(name)} if name else {},
+        question=question,
+        responses=tuple(responses),
+        better=1 + ranking.index(0))
+
+
+def _vl_group(name: str) -> str:
+    """The group of a pair, told by its id."""
+    for start, group in VL_GROUPS.items():
+        if name.lower().startswith(start):
+            return group
+    return "general"
 
 
 def _mm_pair(row: dict, base: Path | None) -> Comparison:
-    outputs = {"Output1": 1, "Output2": 2}
+    """A row of Multimodal RewardBench."""
+    name = str(row.get("ID", ""))
     better = column(row, "Better")
+    outputs = {"Output1": 1, "Output2": 2}
     if better not in outputs:
         raise ValueError(f"row {row_name(row)!r}: Better is {better!r}, not Output1 or Output2")
-    image, name = encoded_image(row.get("Image"), base), str(row.get("ID", ""))
-    return Comparison(name, "mm_rewardbench", (), (image,) if image else (), group=_mm_group(name, row.get("Category")),
-                      question=column(row, "Text"), responses=(column(row, "Output1"), column(row, "Output2")),
-                      better=outputs[better])
+
+    image = encoded_image(row.get("Image"), base)
+    return Comparison(
+        id=name,
+        task="mm_rewardbench",
+        prompt=(),                                                  # show() writes it
+        images=(image,) if image else (),
+        group=_mm_group(name, row.get("Category")),
+        question=column(row, "Text"),
+        responses=(column(row, "Output1"), column(row, "Output2")),
+        better=outputs[better])
 
 
 def _mm_group(name: str, category: str | None) -> dict[str, str]:
-    """Category, and the parts that safety and reasoning are reported in, told by the id's beginning."""
-    parts = {"safety": ("pairs", "bias", "toxicity"), "reasoning": ("math", "math", "coding")}
+    """Category, and the part of safety or reasoning that a pair is reported in."""
     if not category:
         return {}
-    if category not in parts:
+    if category not in MM_PARTS:
         return {"category": category, "split": category}
-    start, this, other = parts[category]
-    return {"category": category, "split": f"{category}/{this if name.lower().startswith(start) else other}"}
+    start, part, other_part = MM_PARTS[category]
+    if not name.lower().startswith(start):
+        part = other_part
+    return {"category": category, "split": f"{category}/{part}"}
 
 
 def score(item: Item, response: str) -> Verdict:
@@ -128,4 +219,6 @@ def score(item: Item, response: str) -> Verdict:
     if item.answer is None:
         raise ValueError(f"pair {item.id!r} has no preference to score against")
     side = parse_preference(response)
-    return Verdict(False, None) if side is None else Verdict(str(side) == item.answer, str(side))
+    if side is None:
+        return Verdict(correct=False, answer=None)
+    return Verdict(str(side) == item.answer, str(side))

@@ -1,7 +1,7 @@
 """Reading numbers, lists and words from a settled text, and grading every type of answer.
 
     grade(item, response)       by Item.answer_type:
-        choice                  answers.read_choice; options are compared by text, so equal ones are equally right
+        choice                  choices.read_choice; options are compared by text, so equal ones are equally right
         integer, float          `read_number`; compared as numbers, floats at the item's precision
         list                    `read_list`, the last [...]; compared element by element
         text                    `open_candidates` against the answers: MMMU's published rule for open questions
@@ -13,9 +13,15 @@ from __future__ import annotations
 import ast
 import math
 import re
+from collections.abc import Sequence
 
 from tasks import Item, Verdict
-from tasks.answers import LETTERS, negated, plain, read_choice, refuses, same, settled_text
+from tasks.answers import negated, plain, refuses, same, settled_text
+from tasks.choices import LETTERS, read_choice
+
+NOTHING_READ = Verdict(correct=False, answer=None)
+LONGEST_LIST = 5000                    # characters before the last "]" in which its "[" is looked for
+LONGEST_SENTENCE = 400                 # characters after "the answer is" that may declare an answer
 
 
 def grade(item: Item, response: str, texts_first: bool = False) -> Verdict:
@@ -26,55 +32,96 @@ def grade(item: Item, response: str, texts_first: bool = False) -> Verdict:
     if item.answer is None:
         raise ValueError(f"item {item.id!r} has no answer to score against")
     text = settled_text(response)
+
     if item.answer_type == "choice":
         k = read_choice(text, item.choices, texts_first)
-        return Verdict(False, None) if k is None else Verdict(same(item.choices[k], item.answer), LETTERS[k])
+        if k is None:
+            return NOTHING_READ
+        return Verdict(same(item.choices[k], item.answer), LETTERS[k])
+
     if item.answer_type in ("integer", "float"):
-        x = read_number(text)
-        return Verdict(False, None) if x is None else Verdict(equal_numbers(x, float(item.answer), item), f"{x:.15g}")
+        number = read_number(text)
+        if number is None:
+            return NOTHING_READ
+        return Verdict(equal_numbers(number, float(item.answer), item), f"{number:.15g}")
+
     if item.answer_type == "list":
         values = read_list(text)
-        return Verdict(False, None) if values is None else Verdict(values == read_list(item.answer), repr(values))
+        if values is None:
+            return NOTHING_READ
+        return Verdict(values == read_list(item.answer), repr(values))
+
     return grade_open(text, item.answer)
 
 
 def check_answer(item: Item) -> Item:
     """The item, if its answer is of its type; a ValueError that names the item otherwise."""
-    if item.answer is None:
+    answer = item.answer
+    if answer is None:
         return item
-    if item.answer_type in ("integer", "float"):
-        try:
-            finite = math.isfinite(float(item.answer))
-        except (TypeError, ValueError, OverflowError):
-            finite = False
-        if not finite:
-            raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is not a number")
-    if item.answer_type == "list" and (not isinstance(item.answer, str) or read_list(item.answer) is None):
-        raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is not a list written as in Python")
-    if item.answer_type == "text" and not all(
-            isinstance(a, str) and a.strip() for a in ([item.answer] if isinstance(item.answer, str) else item.answer)):
-        raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is empty")
-    if item.answer_type == "choice" and not (item.choices and any(same(c, str(item.answer)) for c in item.choices)):
-        raise ValueError(f"item {item.id!r}: the answer {item.answer!r} is none of the choices {item.choices}")
+
+    if item.answer_type in ("integer", "float") and not _is_finite(answer):
+        raise ValueError(f"item {item.id!r}: the answer {answer!r} is not a number")
+
+    if item.answer_type == "list" and (not isinstance(answer, str) or read_list(answer) is None):
+        raise ValueError(f"item {item.id!r}: the answer {answer!r} is not a list written as in Python")
+
+    if item.answer_type == "text":
+        for text in [answer] if isinstance(answer, str) else answer:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"item {item.id!r}: the answer {answer!r} is empty")
+
+    if item.answer_type == "choice":
+        known = any(same(choice, str(answer)) for choice in item.choices or ())
+        if not known:
+            raise ValueError(f"item {item.id!r}: the answer {answer!r} is none of the choices {item.choices}")
     return item
+
+
+def _is_finite(answer: str | list[str]) -> bool:
+    """Whether an answer reads as a finite number."""
+    try:
+        return math.isfinite(float(answer))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 # ---- numbers
 
+# "-1,234.5", ".5", "1e3"; not the 2 of "H2O" or the 19 of "COVID-19", and a "-" between two numbers is no sign
 _NUMBER = re.compile(r"(?<![A-Za-z_\d])(?<![A-Za-z_]-)(?:(?<![\d)\]])-)?"
                      r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
+
+# What makes one expression of two numbers when it stands between them: "5 to 6", "3:15", "1.2.3", "\frac{3}{4}"
 _JOINS = re.compile(r"|°? ?(?:[-+*/×·÷~–]|\*\*|\\times|\\cdot|\\div|\^\{?|or|to|x) ?|[,.:]|\} ?\{| ?\\?sqrt[{(]")
+
+# What makes the second number the first one's value: "3 + 4 = 7", "\sqrt{4} \approx 2"
 _EQUALS = re.compile(r"[})]?°? ?(?:=|≈|\\approx) ?")
+
+# What makes an expression of a number when it stands right before or after it: "\sqrt{2}", "10^3", "2\pi"
 _BEFORE = re.compile(r"(?:frac|sqrt|√|\^|/)[ {(]{0,2}$")
 _AFTER = re.compile(r"[})]? ?(?:\^|²|³|π|\\?pi\b|√|\\?sqrt|/|\\times|\\cdot)")
+
+# "14^{\circ}", in LaTeX
 _LATEX_DEGREE = re.compile(r"\^ ?(?:\{ ?)?\\circ(?: ?\})?")
-_UNIT_POWER = re.compile(                                            # "14 cm^2", "14 kg/m^{3}"; not "14x^2", not "14^2"
+
+# "14 cm^2", "14 kg/m^{3}"; not "14x^2", not "14^2" (group 1: all but the power)
+_UNIT_POWER = re.compile(
     r"(\d[ ~]{0,3}(?:(?:k?[gmNWJ]|mol|lb)/)?(?:[ckdmnµμ]?m|in|ft|yd|mi|s|units?|inch(?:es)?|feet|foot|yards?|miles?"
     r"|(?:centi|deci|kilo|milli)?met(?:er|re)s?))\^(?:[23](?!\d)|\{[23]\})")
+
+# A response that is a number and nothing else: "about £1,000", "75 %", "14 square metres.", "= 1e3"
 _WHOLE = re.compile(r"(?:(?:about|approximately|roughly|around) |[≈~=] ?)?[-+]?[£€¥]?[\d,.]+(?:[eE][-+]?\d+)?"
                     r" ?(?:[%°]|[^\W\d_]{1,20}\.?(?:[ /][^\W\d_]{1,20}\.?){0,2})?[²³]?[.!]?", re.IGNORECASE)
+
+# "the answer is", "Answer:", "answer =", "答案："
 _ANSWER_IS = re.compile(r"(?:\banswer ?(?:is|:|=)|答案 ?(?:[是为]|[:：])) ?:?\s{0,2}", re.IGNORECASE)
+
+# The blank after "It is 7.", or a line's end
 _SENTENCE_END = re.compile(r"(?<=[.!?]) |\n")
+
+# Signs that do not count, and what they stand for: currency and mathematics in LaTeX, the minus sign, thin spaces
+_SIGNS = (("\\$", ""), ("$", ""), ("−", "-"), ("{,}", ","), ("\\ ", " "), ("\\,", " "), ("\\;", " "))
 
 
 def numbers(text: str) -> list[float | None]:
@@ -82,22 +129,32 @@ def numbers(text: str) -> list[float | None]:
 
     LaTeX's degrees and the power of a unit ("14^\\circ", "14 cm^2") belong to no expression.
     """
-    for sign, meant in (("\\$", ""), ("$", ""), ("−", "-"), ("{,}", ","), ("\\ ", " "), ("\\,", " "), ("\\;", " ")):
+    for sign, meant in _SIGNS:
         text = text.replace(sign, meant)
-    text = _UNIT_POWER.sub(r"\1", _LATEX_DEGREE.sub("°", text))
-    found: list[float | None] = []
-    end = -1
+    text = _LATEX_DEGREE.sub("°", text)
+    text = _UNIT_POWER.sub(r"\1", text)
+
+    values: list[float | None] = []
+    end = -1                                                # of the number before
     for match in _NUMBER.finditer(text):
-        part = _BEFORE.search(text, max(0, match.start() - 10), match.start()) or _AFTER.match(text, match.end())
-        value = None if part else float(match[0].replace(",", ""))
-        if found and _EQUALS.fullmatch(text, end, match.start()):
-            found[-1] = value                                        # the right-hand side is what is said
-        elif found and _JOINS.fullmatch(text, end, match.start()):
-            found[-1] = None
+        value = _evaluate(text, match)
+        if values and _EQUALS.fullmatch(text, end, match.start()):
+            values[-1] = value                              # the right-hand side is what is said
+        elif values and _JOINS.fullmatch(text, end, match.start()):
+            values[-1] = None
         else:
-            found.append(value)
+            values.append(value)
         end = match.end()
-    return [x if x is not None and math.isfinite(x) else None for x in found]
+    return values
+
+
+def _evaluate(text: str, match: re.Match) -> float | None:
+    """The number that was matched in a text; None where it is too large, or part of a root, a power or a fraction."""
+    start = match.start()
+    if _BEFORE.search(text, max(0, start - 10), start) or _AFTER.match(text, match.end()):
+        return None
+    value = float(match[0].replace(",", ""))
+    return value if math.isfinite(value) else None
 
 
 def read_number(text: str) -> float | None:
@@ -106,15 +163,20 @@ def read_number(text: str) -> float | None:
     The whole response; else the first number after the last "answer is"; else, unless the response refuses, the last
     number of the last sentence that has one.
     """
-    for values in (whole_number(text), declared_numbers(text)):
-        if values:
-            return values[0]
-    return None if refuses(text) else closing_number(text)
+    values = whole_number(text) or declared_numbers(text)
+    if values:
+        return values[0]
+    if refuses(text):
+        return None
+    return closing_number(text)
 
 
 def whole_number(text: str) -> list[float | None]:
     """The number that is the whole response; commas, a currency, a trailing unit, percent or degree do not count."""
-    return numbers(text) if _WHOLE.fullmatch(text.replace("$", "").replace("\\%", "%").replace("−", "-")) else []
+    shown = text.replace("$", "").replace("\\%", "%").replace("−", "-")
+    if _WHOLE.fullmatch(shown) is None:
+        return []
+    return numbers(text)
 
 
 def declared_numbers(text: str) -> list[float | None]:
@@ -124,84 +186,141 @@ def declared_numbers(text: str) -> list[float | None]:
 
 def declared_words(text: str) -> str:
     """The sentence after the last "answer is" that is not negated; "" without one."""
-    for match in reversed(list(_ANSWER_IS.finditer(text))):
+    declarations = list(_ANSWER_IS.finditer(text))
+    for match in reversed(declarations):
         if not negated(text, match.start(), match.end()):
-            return _SENTENCE_END.split(text[match.end():match.end() + 400], maxsplit=1)[0]
+            following = text[match.end():match.end() + LONGEST_SENTENCE]
+            return _SENTENCE_END.split(following, maxsplit=1)[0]
     return ""
 
 
 def closing_number(text: str) -> float | None:
     """The last number of the last sentence that has one."""
-    for sentence in reversed(_SENTENCE_END.split(text)):
-        if values := numbers(sentence):
+    sentences = _SENTENCE_END.split(text)
+    for sentence in reversed(sentences):
+        values = numbers(sentence)
+        if values:
             return values[-1]
     return None
 
 
-def equal_numbers(x: float, gold: float, item: Item) -> bool:
+def equal_numbers(number: float, gold: float, item: Item) -> bool:
     """Whole numbers exactly, without truncation; floats rounded to the item's precision, exactly where it has none."""
     if item.answer_type == "integer" or item.precision is None:
-        return x == gold
-    return round(x, item.precision) == round(gold, item.precision)
+        return number == gold
+    return round(number, item.precision) == round(gold, item.precision)
 
 
 # ---- lists
 
 def read_list(text: str) -> list | None:
     """The last [...] of a text read as a Python list, texts made plain; None if it cannot be read."""
-    end = text.rfind("]")
-    depth = 0
-    for start in range(end, max(-1, end - 5000), -1):
-        depth += {"]": 1, "[": -1}.get(text[start], 0)
-        if depth == 0:
-            break
-    if end < 0 or depth:
+    brackets = _last_brackets(text)
+    if brackets is None:
         return None
     try:
-        return [plain(x) if isinstance(x, str) else x for x in ast.literal_eval(text[start:end + 1])]
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        values = ast.literal_eval(brackets)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
+    return [plain(value) if isinstance(value, str) else value for value in values]
+
+
+def _last_brackets(text: str) -> str | None:
+    """The last [...] of a text, brackets included; None where there is none, or it is too long."""
+    end = text.rfind("]")
+    first = max(0, end - LONGEST_LIST + 1)
+    depth = 0
+    for start in range(end, first - 1, -1):                 # backwards, to the bracket that opens it
+        if text[start] == "]":
+            depth += 1
+        elif text[start] == "[":
+            depth -= 1
+        if depth == 0:
+            return text[start:end + 1]
+    return None
 
 
 # ---- words: MMMU's published rule for open questions
 
+# What an answer stands behind in a line: "So the result is 7"
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_OPEN_NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?(?<!\d)\d+(?:\.\d+)?[eE][+-]?\d+",
-                 r"-?(?:(?<!\d)\d+\.\d+|\.\d+|(?<!\d)\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+
+_OPEN_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),                                        # "2,000,000"
+    re.compile(r"-?(?<!\d)\d+(?:\.\d+)?[eE][+-]?\d+"),                              # "1.5e3"
+    re.compile(r"-?(?:(?<!\d)\d+\.\d+|\.\d+|(?<!\d)\d+\b)(?![eE][+-]?\d+)(?![,\d])"),       # "-0.5", ".5", "7"
+)
 
 
 def grade_open(text: str, answer: str | list[str]) -> Verdict:
     """A text form of an answer that occurs in a text candidate, or a number form that equals a number candidate.
 
-    What is shown as the answer is the candidate that matched, or else the last one. A refusal that declares no
+    What is shown as the answer is the candidate that matched, or else the first one. A refusal that declares no
     answer gives none, unless the answer itself reads so.
     """
     answers = [answer] if isinstance(answer, str) else answer
-    declared = declared_words(text)
-    if not text or refuses(text) and (not declared or refuses(declared)) and not any(map(refuses, answers)):
-        return Verdict(False, None)
-    forms = [form for each in answers for form in open_forms(each)]
+    if not text or _refuses_to_answer(text, answers):
+        return NOTHING_READ
+
+    forms = []
+    for accepted in answers:
+        forms += open_forms(accepted)
     candidates = open_candidates(text)
     for candidate in candidates:
-        for said in open_forms(candidate):
-            if said in forms or isinstance(said, str) and any(isinstance(f, str) and f in said for f in forms):
-                return Verdict(True, candidate)
-    return Verdict(False, next((c for c in candidates if c), None))
+        if any(_matches(form, forms) for form in open_forms(candidate)):
+            return Verdict(True, candidate)
+    return Verdict(False, next((candidate for candidate in candidates if candidate), None))
+
+
+def _refuses_to_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text refuses, declares nothing else, and a refusal is not what is asked for ("none")."""
+    if not refuses(text):
+        return False
+    declared = declared_words(text)
+    if declared and not refuses(declared):
+        return False
+    return not any(refuses(answer) for answer in answers)
+
+
+def _matches(said: str | float, forms: Sequence[str | float]) -> bool:
+    """Whether one form of a candidate equals one of the answer's forms or, as a text, holds one."""
+    if said in forms:
+        return True
+    if not isinstance(said, str):
+        return False
+    return any(isinstance(form, str) and form in said for form in forms)
 
 
 def open_candidates(text: str) -> list[str]:
     """The shortest tail of each line after an indicator word (= in the last), or else the text; then their numbers."""
     text = text.strip().strip(".").lower()
-    lines, keys = text.split("\n"), []
-    for line in lines:
-        marks = (*_INDICATORS, "=") if line is lines[-1] else _INDICATORS
-        tail = ""
-        for said in (line.rsplit(mark, 1)[1].strip() for mark in marks if mark in line):
-            tail = said if not tail or len(said) < len(tail) else tail
+    lines = text.split("\n")
+
+    keys = []
+    for number, line in enumerate(lines, 1):
+        marks = (*_INDICATORS, "=") if number == len(lines) else _INDICATORS
+        tail = _shortest_tail(line, marks)
         if tail and tail not in ":,.!?;'":
             keys.append(tail)
-    keys = keys or [text]
-    return keys + [number for key in keys for rule in _OPEN_NUMBERS for number in re.findall(rule, key)]
+    if not keys:
+        keys = [text]
+
+    candidates = list(keys)
+    for key in keys:
+        for rule in _OPEN_NUMBERS:
+            candidates += rule.findall(key)
+    return candidates
+
+
+def _shortest_tail(line: str, marks: Sequence[str]) -> str:
+    """What follows the last of the marks in a line. An empty tail gives way to the next mark's."""
+    tail = ""
+    for mark in marks:
+        if mark in line:
+            said = line.rsplit(mark, 1)[1].strip()
+            if not tail or len(said) < len(tail):
+                tail = said
+    return tail
 
 
 def open_forms(text: str) -> list[str | float]:
@@ -211,4 +330,6 @@ def open_forms(text: str) -> list[str | float]:
         return [round(float(text.replace(",", "")), 2)]
     except ValueError:
         text = text.lower()
-        return [text] if len(text) != 1 else [f" {text}", f"{text} "]
+    if len(text) == 1:
+        return [f" {text}", f"{text} "]
+    return [text]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import eval as ev
+import gate
 from tasks import Item
 from tasks.jsonl import Response
 
@@ -32,17 +33,24 @@ def close(figure: dict, value: float, n: int) -> bool:
 
 # ---- figures
 
-@pytest.mark.parametrize("right, n, low, high", [
-    (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 1, 0.2065, 1.0), (5, 10, 0.2366, 0.7634),
-    (81, 263, 0.2553, 0.3662)])
-def test_wilson(right, n, low, high):
-    figure = ev.wilson(right, n)
-    assert figure == {"value": right / n, "low": pytest.approx(low, abs=1e-4), "high": pytest.approx(high, abs=1e-4),
-                      "n": n}
+@pytest.mark.parametrize("right, n", [(0, 10), (10, 10), (1, 1), (5, 10), (81, 263), (0, 0)])
+def test_a_share_of_items_has_the_exact_interval(right, n):
+    outcomes = [True] * right + [None] * 3 + [False] * (n - right)
+    assert ev.share(outcomes) == gate.proportion(right, n)
 
 
-def test_wilson_of_nothing():
-    assert ev.wilson(0, 0) == {"value": None, "low": None, "high": None, "n": 0}
+def test_a_share_of_nothing():
+    nothing = {"value": None, "low": 0.0, "high": 1.0, "n": 0}
+    assert ev.share([None, None]) == ev.share([None, None], verdicts=2) == ev.accuracy([]) == nothing
+    assert ev.table_line("x", nothing).split() == ["x", "-"]
+
+
+def test_verdicts_of_a_pair_are_not_independent():
+    outcomes = [True, True, False, None, True, False, None, None] * 10
+    assert ev.share(outcomes, verdicts=2) == gate.clustered_ratio([(2, 2), (0, 1), (1, 2), (0, 0)] * 10)
+    both = [True, True, False, False] * 20                     # both orders agree: 40 pairs, not 80 verdicts
+    wide, narrow = ev.accuracy(both, verdicts=2), ev.share(both)
+    assert wide["n"] == 40 and wide["value"] == narrow["value"] == 0.5 and wide["low"] < narrow["low"] < 0.5
 
 
 def test_report():
@@ -60,7 +68,7 @@ def test_report():
 def test_unknown_lengths_stay_unknown():
     items = [choice("1")]
     figures = ev.report(items, answered(items, ["A"]))
-    assert figures["mean_tokens"] is None and figures["truncation_rate"]["value"] is None
+    assert figures["mean_tokens"] is None and figures["truncation_rate"] == gate.proportion(0, 0)
     assert "macro" not in figures and "truncation_rate" in ev.table(figures)
 
 
@@ -310,7 +318,7 @@ def test_a_model_is_asked_and_scored(task, model, tmp_path, capsys):
     figures = json.loads((tmp_path / "o" / "report.json").read_text())
     assert figures["accuracy"]["value"] == 1.0 and figures["mean_tokens"] == 3.0 and len(model.asked) == 5
     assert model.loaded == [("m", "cpu", "torch.float32")]
-    assert figures == {**figures, "truncation_rate": ev.wilson(0, 5)}
+    assert figures == {**figures, "truncation_rate": gate.proportion(0, 5)}
     assert run("--task", "jsonl", "--data", task, "--responses", tmp_path / "o" / "responses.jsonl") == 0
     captured = capsys.readouterr()
     assert captured.out.count("accuracy") == 2 and "5/5" in captured.err

@@ -1,6 +1,6 @@
 """Small files in the layouts in which people download the benchmarks: the same columns, types and file names.
 
-    python tests/benchmark_files.py FOLDER        writes FOLDER/mathvista, mmmu, blink, vl_rewardbench, mm_rewardbench
+    python tests/helpers/benchmark_files.py FOLDER      writes FOLDER/mathvista, mmmu, blink and both reward benches
 
 Rows are made up. They hold what the real ones do: null picture structs and pictures whose bytes are null, null and
 empty lists, doubles with nulls, a struct with a list inside, several row groups, JPEG bytes under a .png name, a

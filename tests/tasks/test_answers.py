@@ -9,12 +9,13 @@ import pytest
 
 from tasks import Item
 from tasks import answers as a
+from tasks import choices as c
 from tasks import values as v
 from tasks.values import grade
 from verifier import final_text, parse_preference
 
 ANIMALS = ("a dog", "a cat", "two cats", "a bus")
-STOP = a.NO_ANSWER
+STOP = c.NO_ANSWER
 HARD = {k: ("x", "y", "z", "w", "v", "u", "t", "s", "r")[:k] for k in (2, 4, 9)}       # texts that no sentence holds
 
 
@@ -52,13 +53,13 @@ def test_refuses(text, refused):
 
 
 CHOICE_RULES = {
-    a.whole_letter: [
+    c.whole_letter: [
         ("B", 4, 1), ("b", 4, 1), ("(B)", 4, 1), ("B.", 4, 1), ("(B).", 4, 1), ("[B]", 4, 1), ("$B$", 4, 1),
         ("{B}", 4, 1), ("Answer: B", 4, 1), ("Answer:\nB", 4, 1), ("Option B", 4, 1), ("The answer is B.", 4, 1),
         ("# B", 4, 1), ("The correct answer is option (B).", 4, 1), ("Final answer: (B)", 4, 1), ("I", 9, 8),
         ("E", 4, STOP), ("(Z)", 4, STOP), ("I", 4, STOP), ("BC", 4, None), ("B because", 4, None), ("", 4, None),
         ("5", 4, None), ("A or B", 4, None), ("The answer is not B", 4, None)],
-    a.declared_option: [
+    c.declared_option: [
         ("So the answer is B.", 4, 1), ("Reasons. Answer: (C)", 4, 2), ("answer = D", 4, 3),
         ("The correct option is B", 4, 1), ("The option letter is B", 4, 1), ("the answer should be (B)", 4, 1),
         ("The answer is: B\nDone.", 4, 1), ("Therefore B is correct.", 4, 1),
@@ -89,22 +90,22 @@ CHOICE_RULES = {
         ("The answer is B or maybe C", 4, STOP), ("The answer is (B) or maybe (C)", 4, STOP),
         ("The answer is B (or C)", 4, STOP), ("The answer is B, or possibly C", 4, STOP),
         ("The answer is B or possibly even option (C)", 4, STOP), ("The answer is B, and likely I am right", 9, 1)],
-    a.leading_label: [
+    c.leading_label: [
         ("B. a cat", 4, 1), ("B) it", 4, 1), ("B: it", 4, 1), ("(B) it", 4, 1), ("[B] it", 4, 1), ("B\nIt is.", 4, 1),
         ("b) it", 4, 1), ("(b) it", 4, 1), ("B)45", 4, 1), ("Option B: it", 4, 1), ("- B. it", 4, 1),
         ("B. it\nB. again", 4, 1), ("I. it", 9, 8), ("C. A force is drawn", 4, 2),
         ("D. It is D. Options A, B and C are wrong", 4, 3), ("A. one\nB. two", 4, None), ("A\nB\nC\nD", 4, None),
         ("(A) is wrong, (B) is right", 4, None), ("(A) and (B)", 4, STOP), ("B) or C)", 4, STOP), ("E. it", 4, None),
         ("A.M. it", 4, None), ("A dog", 4, None), ("b. it", 4, None), ("Bus. it", 4, None)],
-    a.closing_letter: [
+    c.closing_letter: [
         ("Long talk.\nB", 4, 1), ("A. one\nB. two\n\n(B).", 4, 1), ("Long.\nE", 4, STOP), ("A\nB", 4, None),
         ("talk B", 4, None), ("B\nLong talk.", 4, None)],
-    a.bracketed_letter: [
+    c.bracketed_letter: [
         ("I see (B) there", 4, 1), ("(A) or (B)?\n\nIt is (B).", 4, 1), ("First (A).\n\nIt is so.", 4, 0),
         ("(B) and (E)", 4, 1), ("It is not (A) but (B)", 4, 1), ("(A) is wrong; see (C)", 4, 2),
         ("(A) and (B)", 4, None), ("(E)", 4, None), ("f(A)", 4, None), ("(A) is far.\n\nIt's (B) or (C)", 4, None),
         ("not (A)", 4, None), ("(b)", 4, None)],
-    a.lone_letter: [
+    c.lone_letter: [
         ("I would go with B here", 4, 1), ("Point B", 4, 1), ("B because it is so", 4, 1), ("A because it is so", 4, 0),
         ("Point A is closer to the camera than point B.", 4, None), ("A dog", 4, None), ("A dog is at B", 4, None),
         ("Vitamin C", 4, None), ("B or C", 4, None), ("I think so", 9, None), ("I think it is B", 9, 1),
@@ -124,17 +125,17 @@ def test_letter_rule(rule, text, n, expected):
 
 
 TEXT_RULES = {
-    a.declared_option: [("The answer is a cat.", ANIMALS, 1), ("Answer: two cats\nAs seen.", ANIMALS, 2),
+    c.declared_option: [("The answer is a cat.", ANIMALS, 1), ("Answer: two cats\nAs seen.", ANIMALS, 2),
                         ("The answer is a cat on a bus", ANIMALS, None),
                         ("The answer is C Major.", ("A", "B", "C", "C Major"), 3)],
-    a.whole_option_text: [("a cat", ANIMALS, 1), ("A Cat.", ANIMALS, 1), ('"two cats"', ANIMALS, 2),
+    c.whole_option_text: [("a cat", ANIMALS, 1), ("A Cat.", ANIMALS, 1), ('"two cats"', ANIMALS, 2),
         ("$7", ("$6", "$7"), 1),
                           ("18", ("9", "18", "18"), 1), ("mg", ("Mg", "mg"), 1), ("MG", ("Mg", "mg"), None),
                           ("a cat, two cats", ANIMALS, None), ("cat", ANIMALS, None), ("", ("", "x"), None)],
-    a.refusal: [("I cannot tell.", ANIMALS, STOP), ("a cat", ANIMALS, None),
+    c.refusal: [("I cannot tell.", ANIMALS, STOP), ("a cat", ANIMALS, None),
                 ("It cannot be determined.", ("yes", "cannot be determined"), None)],
-    a.leading_label: [("A. a dog B. a cat C. two cats D. a bus", ANIMALS, None), ("A. a dog, not a cat", ANIMALS, 0)],
-    a.option_text: [
+    c.leading_label: [("A. a dog B. a cat C. two cats D. a bus", ANIMALS, None), ("A. a dog, not a cat", ANIMALS, 0)],
+    c.option_text: [
         ("It shows a cat", ANIMALS, 1), ("two cats, not a dog", ANIMALS, 2), ("A cat sits by a dog.", ANIMALS, 1),
         ("a cat or a dog", ANIMALS, STOP),
         ("quarter to nine", ("quarter", "quarter to"), 1), ("It is quarter to", ("quarter", "quarter to"), 1),
@@ -162,7 +163,7 @@ def test_text_rule(rule, text, choices, expected):
 
 
 def choose(text: str, choices: tuple[str, ...], texts_first: bool = False) -> str | None:
-    k = a.read_choice(a.settled_text(text), choices, texts_first)
+    k = c.read_choice(a.settled_text(text), choices, texts_first)
     return None if k is None else choices[k]
 
 
@@ -244,7 +245,8 @@ def test_read_number(text, expected):
     ("float", 1, "0.0", ["-0.04", "0", "0.0"], ["0.06", "nan"]),
     ("float", 1, "28.6", ["28.6%", "28.6"], ["0.286"]), ("float", None, "0.25", ["0.25"], ["0.2501", "1/4"]),
     ("list", None, "[2014, 2016]", ["[2014,2016]", "It is [2014, 2016].", "[2014.0, 2016]", "[1] then [2014, 2016]"],
-     ["2014, 2016", "[2016, 2014]", "[2014]", "[2014, 2016", "[2014, x]", "2014, 2016]", "]", "[[2014, 2016]]"])])
+     ["2014, 2016", "[2016, 2014]", "[2014]", "[2014, 2016", "[2014, x]", "2014, 2016]", "]", "[[2014, 2016]]",
+      "[{[1]: 2}]"])])
 def test_values(kind, precision, gold, right, wrong):
     question = item(kind, gold, precision=precision)
     assert [text for text in right if not grade(question, text).correct] == []
@@ -315,8 +317,8 @@ def test_shuffled_options_keep_the_verdict():
         shuffled = tuple(choices[k] for k in order)
         gold, said = rng.choice(choices), rng.randrange(n)
         for form in ("{}", "({})", "The answer is {}."):
-            before = grade(item("choice", gold, choices), form.format(a.LETTERS[said]))
-            after = grade(item("choice", gold, shuffled), form.format(a.LETTERS[order.index(said)]))
+            before = grade(item("choice", gold, choices), form.format(c.LETTERS[said]))
+            after = grade(item("choice", gold, shuffled), form.format(c.LETTERS[order.index(said)]))
             assert before.correct == after.correct == (choices[said] == gold)
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 import benchmark_files as files
 from eval import load_task, make_item, score
-from tasks import jsonl, parquet_files
+from tasks import jsonl
+from tasks.loading import parquet_files
 from tasks.mmmu import DOMAINS
 from tasks.rewardbench import Comparison
 
@@ -23,7 +24,7 @@ BLINK = {"idx": "val_Art_Style_1", "prompt": "Which?\n(A) one\n(B) two\n", "choi
 VL = {"id": "RLHF-1", "query": "<image>\nWhat?", "response": ["a dog", "a cat"], "human_ranking": [0, 1]}
 MM = {"ID": "math_1", "Text": "What?", "Output1": "a dog", "Output2": "a cat", "Better": "Output2"}
 VISTA = {"pid": "7", "question": "How long?", "choices": None, "answer": "5.77", "answer_type": "float",
-    "precision": 2.0}
+         "precision": 2.0}
 ROWS = {"mmmu": MC, "blink": BLINK, "mathvista": VISTA, "vl_rewardbench": VL, "mm_rewardbench": MM}
 
 
@@ -46,8 +47,8 @@ def test_mathvista_from_parquet(folder):
     assert [i.answer_type for i in items] == ["choice", "integer", "float", "list", "choice"]
     assert [len(i.images) for i in items] == [1, 1, 1, 0, 1] and items[2].precision == 2 and items[0].precision is None
     assert items[1].choices is None and items[0].choices == ("9", "12", "18", "18")
-    assert items[0].group["skills"] == ["arithmetic reasoning",
-        "statistical reasoning"] and "skills" not in items[2].group
+    assert items[0].group["skills"] == ["arithmetic reasoning", "statistical reasoning"]
+    assert "skills" not in items[2].group
     assert text_of(items[1]) == "<image 1>Hint: look.\nQuestion: How old?"
     hidden = load_task("mathvista", folder, split="test", limit=2)
     assert len(hidden) == 2 and all(i.answer is None for i in hidden)
@@ -72,8 +73,8 @@ def test_mmmu_in_both_layouts(folder):
     items = load_task("mmmu", folder / "a")
     assert items == load_task("mmmu", folder / "b")
     assert [i.answer for i in items] == ["O'Keeffe", "<image 2>", ["24/7", "3.429"], "0.9965", "i"]
-    assert items[0].group == {"domain": "Art and Design",
-        "subject": "Art_Theory"} and sum(map(len, DOMAINS.values())) == 30
+    assert items[0].group == {"domain": "Art and Design", "subject": "Art_Theory"}
+    assert sum(map(len, DOMAINS.values())) == 30
     assert items[1].prompt == ("Which continues ", 0, "?\n(A) ", 1, "\n(B) ", 2,
                                "\n\nAnswer with the option's letter from the given choices directly.")
     assert items[2].prompt == ("What is x in ", 0, " and ", 0, "?\nAnswer the question using a single word or phrase.")
@@ -99,8 +100,7 @@ def test_vl_rewardbench_is_keyed_by_row(folder):
     files.vl_rewardbench(folder)
     items = load_task("vl_rewardbench", folder)
     assert [i.id for i in items] == ["RLAIF-V-1#0", "mathverse_5", "wildvision-2", "hallucination_pair-3",
-        "RLAIF-V-1#4",
-                                     "svit-9"]
+                                     "RLAIF-V-1#4", "svit-9"]
     assert [i.id for i in load_task("vl_rewardbench", folder, limit=1)] == ["RLAIF-V-1#0"]
     assert [i.group["group"] for i in items] == ["hallucination", "reasoning", "general", "hallucination",
                                                  "hallucination", "general"]
@@ -138,10 +138,10 @@ def test_jsonl_items(tmp_path):
     base = {"images": ["p/a.png"], "choices": None, "precision": None}
     path = lines(tmp_path / "t.jsonl",
                  base | {"id": "1", "question": "Which?", "choices": ["a dog", "a cat"], "answer": "B",
-                     "answer_type": "choice"},
+                         "answer_type": "choice"},
                  base | {"id": "2", "question": "See <image 1>?", "answer": 5, "answer_type": "integer"},
                  base | {"id": "3", "question": "x?", "images": [], "answer": "1.25", "answer_type": "float",
-                     "precision": 1},
+                         "precision": 1},
                  base | {"id": "4", "question": "x?", "answer": [1, 2], "answer_type": "list"},
                  base | {"id": "5", "question": "x?", "answer": ["Rome", "Roma"], "answer_type": "text"},
                  base | {"id": "6", "question": "x?", "answer": None, "answer_type": "text"})
@@ -154,6 +154,13 @@ def test_jsonl_items(tmp_path):
     assert [score(i, "no idea").correct for i in items[:5]] == [False] * 5
     with pytest.raises(ValueError, match="'6' has no answer"):
         score(items[5], "Rome")
+
+
+@pytest.mark.parametrize("precision", [0, 0.0])
+def test_a_precision_of_no_decimals(precision, tmp_path):
+    row = {"id": "1", "question": "x?", "answer": 12, "answer_type": "float", "precision": precision}
+    item, = load_task("jsonl", lines(tmp_path / "t.jsonl", row))
+    assert score(item, "12.3").correct and not score(item, "12.6").correct
 
 
 GOOD = {"id": "1", "question": "x?", "images": [], "choices": ["a", "b"], "answer": "a", "answer_type": "choice"}

@@ -1,4 +1,4 @@
-"""Our scoring against independent scorers, by hand: SCORERS=FOLDER python -m pytest tests/test_scorers.py -s
+"""Our scoring against independent scorers, by hand: SCORERS=FOLDER python -m pytest tests/tasks/test_scorers.py -s
 
 FOLDER holds what `pip download --no-deps evalscope==1.14.1 lmms_eval==0.7.3` brings, unzipped, and, where wanted,
 BLINK's published outputs (eval/saved_outputs of its repository) and MathVista's (data/testmini.json, query.json and
@@ -31,7 +31,8 @@ import pytest
 
 from eval import make_item, score
 from tasks import Item
-from tasks.answers import LETTERS, read_choice, settled_text
+from tasks.answers import settled_text
+from tasks.choices import LETTERS, read_choice
 from tasks.jsonl import prompt_text
 from tasks.values import grade
 

@@ -1,26 +1,18 @@
-"""The demo's tasks, drawn on the fly; four splits that share nothing; command-line flags from a dataclass."""
+"""The demo's tasks, drawn on the fly."""
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from eval import load_task, score
 from tasks import Item, shapes
-from tasks.flags import build_parser, check_ranges, flag, parse_flags
 from tasks.shapes import OTHERS, QUESTIONS, RED, draw, draw_bar, make_item, noisy
-from tasks.splits import Splits, check_disjoint, picture_groups, split_items
 
 HIGHEST = {"bar": 9, "count": 9, "red": 6}
 
-
-# ---- shapes
 
 @pytest.mark.parametrize("task", QUESTIONS)
 def test_items(task: str) -> None:
@@ -131,190 +123,3 @@ def test_what_there_is_not() -> None:
         make_item({"task": "red", "index": 0, "split": "test"})
     with pytest.raises(ValueError, match="'blue'.*bar"):
         load_task("blue")
-
-
-# ---- four splits
-
-def item(name: str, *pictures: str, answer: str | None = "1") -> Item:
-    return Item(name, "bar", ("?",), tuple(p.encode() for p in pictures) or (f"picture of {name}".encode(),), answer)
-
-
-def names(items: Sequence[Item]) -> list[str]:
-    return [i.id for i in items]
-
-
-def by_name(splits: Splits) -> dict[str, list[str]]:
-    return {name: names(part) for name, part in vars(splits).items()}
-
-
-MANY = [item(f"i{k}", f"p{k // 3 if k < 30 else k}", *(["shared"] if k in (40, 50) else [])) for k in range(100)]
-
-
-def pictures_of(items: Sequence[Item]) -> set[str]:
-    return set().union(*(i.picture_hashes for i in items))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_nothing_is_shared(seed: int) -> None:
-    splits = split_items(MANY, 20, 10, 30, seed)
-    assert [len(part) for part in vars(splits).values()] == [20, 10, 30, 40]
-    assert sorted(names(sum(vars(splits).values(), []))) == sorted(names(MANY))
-    hashes = [pictures_of(part) for part in vars(splits).values()]
-    assert sum(map(len, hashes)) == len(set().union(*hashes)) == len(pictures_of(MANY))
-    assert splits.by_id == {i.id: i for i in splits.train}
-
-
-def test_pictures_that_are_reused_stay_together() -> None:
-    """Also in a chain: a and b share one picture, b and c another."""
-    chain = [item("a", "1"), item("x", "9"), item("b", "1", "2"), item("c", "2"), item("d", "3", "3"),
-             item("e", "4", "2")]
-    assert sorted(sorted(names(g)) for g in picture_groups(chain)) == [["a", "b", "c", "e"], ["d"], ["x"]]
-    assert picture_groups([]) == [] and len(picture_groups([Item(str(k), "bar", ("?",)) for k in range(3)])) == 3
-    for seed in range(10):
-        for part in by_name(split_items([*chain, *MANY], 20, 10, 30, seed)).values():
-            assert len({"a", "b", "c", "e"} & set(part)) in (0, 4)
-
-
-def test_the_same_picture_as_bytes_and_as_a_file(tmp_path: Path) -> None:
-    (tmp_path / "p.png").write_bytes(b"same")
-    [together] = picture_groups([item("a", "same"), Item("b", "bar", ("?",), (tmp_path / "p.png",))])
-    assert names(together) == ["a", "b"]
-
-
-def test_the_cut_depends_on_ids_and_seed() -> None:
-    first = by_name(split_items(MANY, 20, 10, 30, 0))
-    assert first == by_name(split_items(MANY, 20, 10, 30, 0))
-    cuts = {tuple(sorted(by_name(split_items(MANY, 20, 10, 30, seed))["gate"])) for seed in range(6)}
-    assert len(cuts) == 6
-    back = by_name(split_items(MANY[::-1], 20, 10, 30, 0))              # the order in the file does not decide
-    assert {n: sorted(part) for n, part in back.items()} == {n: sorted(part) for n, part in first.items()}
-    other = by_name(split_items([replace(i, answer="7", prompt=("!",)) for i in MANY], 20, 10, 30, 0))
-    assert other == first                                               # nor do answers
-
-
-def test_items_without_answers_are_trained_on_only() -> None:
-    hidden = [item(f"h{k}", answer=None) for k in range(20)]
-    splits = split_items([*hidden, *MANY], 20, 10, 30, 0)
-    assert set(names(splits.train)) >= set(names(hidden)) and len(splits.train) == 60
-    assert {n: p for n, p in by_name(splits).items() if n != "train"} == {
-        n: p for n, p in by_name(split_items(MANY, 20, 10, 30, 0)).items() if n != "train"}
-    gate = splits.gate[0]
-    pictured = replace(hidden[0], id="seen", images=gate.images)        # no answer, but the gate's picture
-    assert "seen" not in names(split_items([pictured, *hidden, *MANY], 20, 10, 30, 0).train)
-
-
-def test_train_split_without_what_is_measured_on() -> None:
-    held = split_items(MANY, 20, 10, 30, 0)
-    fresh = [item(f"t{k}", f"q{k}", answer=None) for k in range(5)]
-    same_id = item(held.gate[0].id, "q9")
-    same_picture = [replace(item(f"s{k}"), images=part[0].images) for k, part in enumerate(
-        (held.gate, held.watch, held.held_out))]
-    left = held.train[0]
-    splits = split_items(MANY, 20, 10, 30, 0, train=[same_id, *fresh, *same_picture, left])
-    assert splits.train == [*fresh, left] and by_name(splits) | {"train": 0} == by_name(held) | {"train": 0}
-    with pytest.raises(ValueError, match="no items are left"):
-        split_items(MANY, 20, 10, 30, 0, train=[same_id, *same_picture])
-
-
-def test_too_few_items() -> None:
-    for sizes in ((101, 1, 1), (40, 40, 21), (98, 1, 2)):
-        with pytest.raises(ValueError, match=rf"too few items.*100.*{sizes[0]} \+ {sizes[1]} \+ {sizes[2]}"):
-            split_items(MANY, *sizes, 0)
-    singles = [item(str(k)) for k in range(10)]
-    with pytest.raises(ValueError, match="no items are left"):
-        split_items(singles, 4, 3, 3, 0)
-    assert len(split_items(singles, 4, 3, 2, 0).train) == 1
-    with pytest.raises(ValueError, match="too few"):
-        split_items([replace(i, answer=None) for i in singles], 1, 1, 1, 0)
-
-
-def test_ids_that_repeat() -> None:
-    with pytest.raises(ValueError, match="repeat"):
-        split_items([*MANY, item("i3", "another")], 20, 10, 30, 0)
-
-
-def test_disjointness_is_checked() -> None:
-    a, b, c, d = (item(n) for n in "abcd")
-    check_disjoint(Splits([a], [b], [c], [d]))
-    check_disjoint(Splits([a, replace(b, images=a.images)], [c], [d], []))                  # within a split it may be
-    for bad in (Splits([a], [b], [c], [a]), Splits([a], [b], [replace(c, images=b.images)], [d]),
-                Splits([a], [replace(b, images=(*b.images, *d.images))], [c], [d])):
-        with pytest.raises(AssertionError):
-            check_disjoint(bad)
-
-
-# ---- flags
-
-@dataclass(frozen=True)
-class Config:
-    lr: float = flag(1e-4, "peak learning rate, 100% of it", low=0, high=1)
-    steps: int = flag(3, "how many", low=1)
-    kind: str = flag("a", "which kind", choices=("a", "b"))
-    out: str | None = flag(None, "where to")
-    limit: int | None = flag(None, "at most", low=1)
-    fast: bool = flag(False, "hurry")
-    careful: bool = flag(True, "look twice")
-    names: list[str] = flag([], "several")
-    numbers: list[int] = flag([1, 2], "several numbers")
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.out == "nowhere":
-            raise ValueError("nowhere is no place")
-
-
-def parse(*argv: str) -> Config:
-    return parse_flags(Config, "What it does.", list(argv))
-
-
-def test_defaults() -> None:
-    assert parse() == Config() and (parse().lr, parse().out, parse().numbers) == (1e-4, None, [1, 2])
-    assert parse().names is not parse().names                           # no list is shared
-
-
-@pytest.mark.parametrize("argv, name, value", [
-    ("--lr 0.5", "lr", 0.5), ("--lr=1", "lr", 1.0), ("--lr 0", "lr", 0.0), ("--steps 1", "steps", 1),
-    ("--kind b", "kind", "b"), ("--out x", "out", "x"), ("--limit 1", "limit", 1), ("--fast", "fast", True),
-    ("--no-fast", "fast", False), ("--no-careful", "careful", False), ("--careful", "careful", True),
-    ("--names a b", "names", ["a", "b"]), ("--numbers 7", "numbers", [7])])
-def test_flags(argv: str, name: str, value: Any) -> None:
-    found = getattr(parse(*argv.split()), name)
-    assert found == value and type(found) is type(value)
-    assert replace(parse(*argv.split()), **{name: getattr(Config(), name)}) == Config()     # and nothing else
-
-
-@pytest.mark.parametrize("argv, words", [
-    ("--wat", "--wat"), ("--step 2", "--step"), ("stray", "stray"), ("--lr", "--lr"), ("--lr fast", "--lr"),
-    ("--steps 1.5", "--steps"), ("--kind c", "--kind"), ("--names", "--names"), ("--numbers 1 x", "--numbers"),
-    ("--lr -0.1", "--lr must be in [0, 1], not -0.1"), ("--lr 1.1", "not 1.1"), ("--lr nan", "not nan"),
-    ("--lr inf", "not inf"), ("--steps 0", "--steps must be at least 1, not 0"),
-    ("--limit 0", "--limit must be at least 1"), ("--fast yes", "yes"), ("--out nowhere", "nowhere is no place")])
-def test_usage_errors(argv: str, words: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse(*argv.split())
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and words in printed.err.splitlines()[-1] and "Traceback" not in printed.err
-    assert not printed.out
-
-
-def test_help(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for words in ("What it does.", "peak learning rate, 100% of it (default 0.0001)", "which kind (default a)", "{a,b}",
-                  "--fast, --no-fast hurry --careful", "--limit N at most --fast", "[NAMES ...] several --",
-                  "several numbers (default [1, 2])"):
-        assert words in shown, shown
-
-
-def test_names_with_underscores_are_flags_with_dashes() -> None:
-    @dataclass(frozen=True)
-    class Long:
-        batch_size: int = flag(8, "", low=1)
-
-        def __post_init__(self) -> None:
-            check_ranges(self)
-    assert build_parser(Long, None).parse_args(["--batch-size", "3"]).batch_size == 3
-    with pytest.raises(ValueError, match="--batch-size must be at least 1, not 0"):
-        Long(0)
