@@ -58,7 +58,6 @@ from loop.synthetic_pairs import (
     majority_pair,
     read_correctness,
 )
-from model import save_vlm
 from model.checkpoint import folder_digest
 from model.vlm import VLM
 from tasks import TASKS, Item
@@ -370,9 +369,7 @@ def untrained_iteration(state: State) -> IterationFigures:
 
 def deploy(run: Run, vlm: VLM) -> None:
     """Put the judge into deploy/, in place of an earlier iteration's."""
-    candidate = run.folder / "candidate"
-    if run.ranks.first:
-        save_vlm(vlm, candidate, vlm.file_dtype)
+    candidate = run.save_candidate(vlm)
     run.deploy_or_discard(candidate, keep=True)
 
 

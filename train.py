@@ -45,7 +45,7 @@ from loop.side_by_side import compare_answers
 from loop.state import State, restore, save
 from loop.survey import draw_items, right_way
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
-from model import VLM, Completion, load_vlm, save_vlm
+from model import VLM, Completion, load_vlm
 from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
 from model.vlm import FeatureCache
@@ -60,10 +60,7 @@ TINY = Path(__file__).parent / "model" / "tiny"
 
 @dataclass(frozen=True)
 class Config(TrainingFlags):
-    """Everything a run depends on, with loop/flags.py's; --help prints it.
-
-    The defaults suit the tiny models that are shipped.
-    """
+    """Everything a run depends on, with loop/flags.py's. The defaults suit the tiny models."""
     # What
     split: str | None = flag(None, "split that all items are cut from (default: the task's own)")
     student: str = flag(str(TINY / "student"), "folder or hub id of the model that is trained")
@@ -381,10 +378,7 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
 
     It is saved first, in the dtype of the files it came from, and what was saved is evaluated.
     """
-    candidate = run.folder / "candidate"
-    if run.ranks.first:
-        save_vlm(student, candidate, student.file_dtype)
-    run.ranks.barrier()
+    candidate = run.save_candidate(student)
     deployed = load_vlm(candidate, run.ranks.device, student.dtype)
 
     trained = greedy_answers(run, deployed, held_out, "trained student, held out")
@@ -403,10 +397,8 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
     )
     run.deploy_or_discard(candidate, keep=decision.verdict == "PROMOTE")
 
-    reasons = decision.reasons
     why = explanation.pop("reasons")
-    if decision.verdict == "REJECT":
-        reasons = reasons + why
+    reasons = decision.reasons + why if decision.verdict == "REJECT" else decision.reasons
     return {"verdict": decision.verdict, "reasons": reasons, **decision.measures, **explanation}
 
 

@@ -20,6 +20,7 @@ import torch
 
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks, first_line
+from model import save_vlm
 from model.checkpoint import read_settings, whole_folder
 from model.sampler import Completion, generate
 from model.vlm import VLM
@@ -176,6 +177,14 @@ class Run:
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{path}, line {number} holds no step: {line!r:.80}") from None
         write_whole(path, "".join(lines))
+
+    def save_candidate(self, vlm: VLM) -> Path:
+        """Save a model as it would be deployed, in the dtype of the files it came from; returns its folder."""
+        candidate = self.folder / "candidate"
+        if self.ranks.first:
+            save_vlm(vlm, candidate, vlm.file_dtype)
+        self.ranks.barrier()
+        return candidate
 
     def deploy_or_discard(self, candidate: Path, keep: bool) -> None:
         """Turn the candidate's folder into deploy/, or remove it; an older deploy/ goes either way."""
