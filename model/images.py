@@ -59,9 +59,10 @@ class Normalizer:
 
     def __init__(self, c: Settings):
         for name in ("image_mean", "image_std"):
-            kinds = [type(number) for number in c[name]]
-            if len(kinds) != 3 or not set(kinds) <= {int, float}:
-                raise ValueError(f"{c.source}: {name} is {c[name]!r:.80}, not three numbers")
+            numbers = c[name]
+            kinds = {type(number) for number in numbers}
+            if len(numbers) != 3 or not kinds <= {int, float}:
+                raise ValueError(f"{c.source}: {name} is {numbers!r:.80}, not three numbers")
         self.mean = np.array(c["image_mean"], np.float32)                                 # (C,)
         self.std = np.array(c["image_std"], np.float32)                                   # (C,)
         finite = np.isfinite(self.mean).all() and np.isfinite(self.std).all()

@@ -317,7 +317,9 @@ def add_text(parts: list[Part], text: str) -> None:
 
 
 def has_picture(content: list[str | Image.Image]) -> bool:
-    return any(isinstance(value, Image.Image) for value in content)
+    """Whether a message's content holds a picture."""
+    pictures = [value for value in content if isinstance(value, Image.Image)]
+    return len(pictures) > 0
 
 
 def message_role(message: dict) -> str:

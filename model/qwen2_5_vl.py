@@ -56,7 +56,8 @@ class VisionBlock(Block):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
         """x: (N, Dv); `lengths`: patches of each frame or window, inside which attention stays -> (N, Dv)."""
-        x = x + self.attn(self.norm1(x), rope, lengths)
+        attended = self.attn(self.norm1(x), rope, lengths)
+        x = x + attended
         return x + self.mlp(self.norm2(x))
 
 

@@ -58,7 +58,8 @@ class VisionBlock(Block):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
         """x: (N, Dv); `lengths`: patches of each frame, inside which attention stays -> (N, Dv)."""
-        x = x + self.attn(self.norm1(x), rope, lengths)
+        attended = self.attn(self.norm1(x), rope, lengths)
+        x = x + attended
         y = self.mlp["linear_fc1"](self.norm2(x))                           # (N, intermediate size)
         y = F.gelu(y, approximate="tanh")
         return x + self.mlp["linear_fc2"](y)
