@@ -28,8 +28,9 @@ from torch import Tensor
 from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
 from eval import load_task, score_answers
 from eval import score as exact_match
-from gate import decide_before, explain_change, fell_significantly, gate_after, gather_records, measure, proportion
+from gate import decide_before, fell_significantly, gate_after, gather_records, measure, proportion
 from loop import demo
+from loop.diagnosis import explain_change
 from loop.flags import TrainingFlags
 from loop.optimise import (
     load_trainable,
@@ -40,8 +41,9 @@ from loop.optimise import (
     training_state,
 )
 from loop.ranks import Interrupted, Ranks, exit_status
+from loop.rounds import pair_directions
 from loop.run import Run, state_fields
-from loop.survey import draw_items, right_way
+from loop.survey import draw_items
 from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
 from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
@@ -154,7 +156,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             texts = [[completion.text for completion in row] for row in candidates]
             scores = score(run, verifier, items, texts)                         # [0, 1] or None
             pairs = make_pairs(run, items, candidates, scores, state)
-            state.rounds[-1] |= right_way(pairs, items)                         # reads labels, for summary.json alone
+            state.rounds[-1] |= pair_directions(pairs, items)                   # reads labels, for summary.json alone
             state.fresh = with_reference_logps(run, student, pairs, splits.by_id)
             replay.add(state.fresh)                                             # only margins >= min_margin
             save(run, state, student, optimiser, replay)

@@ -24,9 +24,9 @@ def commands() -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("script, words", commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_flags_are_known(script: str, words: list[str]) -> None:
     words = ["0" if word == "$s" else word for word in words]
-    config = importlib.import_module(script).Config
-    given = vars(build_parser(config, None).parse_args(words))
-    config(**given)
+    program = importlib.import_module(script)
+    parser = program.build_parser() if script == "gate" else build_parser(program.Config, None)
+    program.Config(**vars(parser.parse_args(words)))
 
 
 def test_commands_are_found() -> None:

@@ -315,7 +315,7 @@ TASKS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tasks").gl
 ALLOWED = {"dpo.py": {"torch"}, "replay.py": set(), "verifier.py": set(), "gate.py": set(),
            **dict.fromkeys(["eval.py", *TASKS], {"numpy", "PIL", "verifier", "tasks"})}
 # Imported inside functions, where they are needed: optional packages, and what a command line puts together
-WITHIN = {"gate.py": {"loop", "replay", "tasks", "verifier"}, "eval.py": {"torch", "model", "tqdm"},
+WITHIN = {"gate.py": {"eval", "loop", "replay", "verifier"}, "eval.py": {"torch", "model", "tqdm"},
           "tasks/__init__.py": {"pyarrow"}}
 
 

@@ -22,7 +22,8 @@ import torch
 import train
 from dpo import METRICS
 from eval import load_task, score
-from gate import explain_change, proportion
+from gate import proportion
+from loop.diagnosis import explain_change
 from loop.optimise import learning_rate
 from loop.ranks import Interrupted, NonFinite, Ranks
 from loop.run import Run
