@@ -1,40 +1,50 @@
 """The two gates: may this verifier train this student, and may the trained student be deployed?
 
-    agreement   rubric accuracy: share of candidates with [score >= 0.5] == [exact match]; no score disagrees
+    agreement   rubric accuracy: share of [score >= 0.5] == [exact match]; no score disagrees
     direction   q(tau) = P(the chosen side is right | margin >= tau, exactly one side is right)
     published   BLOCK if agreement < baseline ("When Good Verifiers Go Bad", arXiv 2606.14629)
-    ours        PASS iff agreement >= baseline, the lower end of q(tau) > 1/2, and own answers >= the student's
+    ours        PASS iff agreement >= baseline, the lower end of q(tau) > 1/2, and the verifier's
+                own answers are at least as accurate as the student's
     after       PROMOTE iff difference > 0 and its lower end > -0.02, paired on held-out items
 
-By agreement alone a verifier that accepts everything equals the baseline, and one that rejects everything scores
-1 - baseline and passes a weak student. The update follows the sign of 2 q - 1, so q > 1/2 has to be shown: by its
-exact interval q = 1/2 passes at most 2.5 % of the time, q = 0.8 at least 95 % from 35 mixed pairs (one side right)
-on. Own answers are compared as points: a lower share blocks unproved. Intervals: 95 %. Standard library only.
+The baseline is the frozen student's accuracy. By agreement alone, a verifier that accepts
+everything equals it, and one that rejects everything scores 1 - baseline and passes for a weak
+student. Training follows the sign of 2 q - 1 (see replay.py), so q > 1/2 has to be shown: by the
+exact interval q = 1/2 passes at most 2.5 % of the time, and q = 0.8 at least 95 % from 35 mixed
+pairs (exactly one side right) on. Own answers are compared as points: a lower share blocks, even
+if by chance. All intervals are 95 %. This file needs the standard library only.
 
-    python gate.py --records records.jsonl --out report.json        # no model, no torch
-    python gate.py --student S --verifier V1 V2 --task bar          # asks the models, ranks the verifiers
+    python gate.py --records a.jsonl --out report.json           # no model, no torch
+    python gate.py --records a.jsonl b.jsonl --out report.json   # ranks the verifiers, too
+    python gate.py --student S --verifier V1 V2 --task bar       # asks the models, then ranks
 
-A record is one scored candidate, {"item": str, "correct": bool, "score": number in [0, 1] or null}; optional are text,
-truncated (the verdict was), candidate_{parsed,truncated}, and, the same in all records of an item, the verifier's and
-the student's greedy answers: {own,greedy}_{correct,parsed,truncated}. Exit status: 0 PASS (of any), 3 BLOCK, 2 usage.
+A record is one scored candidate: {"item": str, "correct": bool, "score": number in [0, 1] or null}.
+Optional, see class Record: text, truncated, candidate_*, greedy_*, own_*, and the verdict's cost,
+seconds and tokens. Where equal texts of an item were asked about once, the first carries the cost.
+Exit status: 0 PASS (of any verifier), 3 BLOCK, 2 usage, 1 models could not be asked.
 """
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, median
+from typing import Any, Required, TypedDict, cast
 
-Figure = dict[str, Any]                         # {"value": float | None, "low": float, "high": float, "n": int}
-Sides = tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]      # scored answers of before and after, by item
-Z = 1.959963984540054                           # the normal distribution's 97.5 % quantile
-ACCEPT = 0.5                                    # a score from here on says "right"
-MIN_DIRECTION = 0.5                             # the q at which the mean update changes sign
-NEEDED_MIXED = 35                               # mixed pairs that show q = 0.8 at least 19 times in 20
+Call = Callable[..., Any]
+Measures = dict[str, Any]       # figures, counts and a table, by name, as JSON holds them
+Report = dict[str, Any]         # verdict, reasons, rule, costs and Measures of one verifier
+Z = 1.959963984540054           # the normal distribution's 97.5 % quantile
+ACCEPT = 0.5                    # a score from here on says "right"
+MIN_DIRECTION = 0.5             # the q at which the mean update changes sign
+NEEDED_MIXED = 35               # mixed pairs that show q = 0.8 at least 19 times in 20
+NEARLY = 0.05                   # a cheaper verifier must be shown to lack less agreement than this
+# Optional keys of a record, each with the report's name of its share
 RATES = {"truncated": "truncation_rate", "candidate_parsed": "answer_parse_rate",
          "candidate_truncated": "answer_truncation_rate"}
 ITEM_RATES = {"own_correct": "own_answer_accuracy", "own_parsed": "own_parse_rate",
@@ -42,119 +52,139 @@ ITEM_RATES = {"own_correct": "own_answer_accuracy", "own_parsed": "own_parse_rat
               "greedy_parsed": "greedy_parse_rate", "greedy_truncated": "greedy_truncation_rate"}
 
 
-@dataclass(frozen=True)
-class Decision:
-    """PASS or BLOCK before training, PROMOTE or REJECT after it; a no comes with every reason for it."""
-    verdict: str
-    reasons: list[str]
-    measures: dict[str, Any]
+# ---- statistics
+class Figure(TypedDict):
+    """A measured value with its 95 % interval over n trials or items; None where n is 0."""
+    value: float | None
+    low: float
+    high: float
+    n: int
 
 
-def measure_rubric_accuracy(verifier_model: Callable[[Any], Any], task_items: Iterable[Any],
-                            rubric_prompt_fn: Callable[[Any], Any], task_native_scorer: Callable[[Any], Any]) -> float:
-    """Share of items whose verdict [score >= 0.5] agrees with exact match; an unparsed verdict disagrees.
-
-    `verifier_model(rubric_prompt_fn(item))` is a score in [0, 1], None, or a reply's text (read by verifier.py, which
-    nothing else here needs); `task_native_scorer(item)`: is the item's candidate right (bool, or its `.correct`)?
-    """
-    agreed = []
-    for item in task_items:
-        score, right = verifier_model(rubric_prompt_fn(item)), task_native_scorer(item)
-        if isinstance(score, str):
-            from verifier import parse_score
-            score = parse_score(score)
-        if score is not None and not 0.0 <= score <= 1.0:
-            raise ValueError(f"a verifier's score must lie in [0, 1], not {score!r}")
-        agreed.append(score is not None and (score >= ACCEPT) == bool(getattr(right, "correct", right)))
-    if not agreed:
-        raise ValueError("rubric accuracy needs items, not 0 of them")
-    return sum(agreed) / len(agreed)
-
-
-def should_deploy_self_dpo(rubric_accuracy: float, frozen_student_baseline: float) -> bool:
-    """The published rule: run the loop unless rubric accuracy is below the frozen student's accuracy."""
-    for value in (rubric_accuracy, frozen_student_baseline):
-        if not 0.0 <= value <= 1.0:                                    # NaN compares false
-            raise ValueError(f"an accuracy must lie in [0, 1], not {value!r}")
-    return rubric_accuracy >= frozen_student_baseline
+def format_figure(figure: Figure | None, form: str = ".3f") -> str:
+    """A figure as "value [low, high]"; "unknown" where there is none."""
+    if figure is None or figure["n"] == 0:
+        return "unknown"
+    return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
 
 
 def proportion(successes: int, n: int) -> Figure:
-    """Share of n independent trials with the exact (Clopper-Pearson) interval, found by bisection."""
+    """Share of n independent trials with the exact (Clopper-Pearson) interval."""
     assert 0 <= successes <= n, (successes, n)
+    return {"value": successes / n if n else None, "low": _lower_end(successes, n),
+            "high": 1 - _lower_end(n - successes, n), "n": n}
 
-    def least(k: int) -> float:                                        # the p at which P(X >= k) is 2.5 %
-        low, high = 0.0, k / max(n, 1)
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if _upper_tail(k, n, middle) > 0.025 else (middle, high)
-        return low
-    return {"value": successes / n if n else None, "low": least(successes), "high": 1 - least(n - successes), "n": n}
+
+def _lower_end(successes: int, n: int) -> float:
+    """The p at which as many successes or more have a probability of 2.5 %, by bisection."""
+    low = 0.0
+    high = successes / max(n, 1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _upper_tail(successes, n, middle) > 0.025:
+            high = middle
+        else:
+            low = middle
+    return low
 
 
 def _upper_tail(k: int, n: int, p: float) -> float:
-    """P(X >= k) for X ~ Binomial(n, p), 0 < p < 1; terms are added from X = k on, where they fall."""
+    """P(X >= k) for X ~ Binomial(n, p), 0 < p < 1: P(X = j) is added from j = k upwards."""
     if k > n:
         return 0.0
-    if k <= 0 or k < n * p:
+    if k <= 0 or k < n * p:                         # the other tail, where terms fall
         return 1.0 - _upper_tail(n - k + 1, n, 1.0 - p)
-    total, term, j = 1.0, 1.0, k
+    total = 1.0                                     # in units of P(X = k)
+    term = 1.0
+    j = k
     while j < n and term > 1e-17 * total:
-        term, j = term * (n - j) / (j + 1) * p / (1.0 - p), j + 1
+        term = term * (n - j) / (j + 1) * p / (1.0 - p)     # P(X = j + 1) from P(X = j)
         total += term
-    choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    return min(1.0, total * math.exp(choose + k * math.log(p) + (n - k) * math.log1p(-p)))
+        j += 1
+    log_choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return min(1.0, total * math.exp(log_choose + k * math.log(p) + (n - k) * math.log1p(-p)))
 
 
 def clustered_ratio(pairs: Iterable[tuple[float, float]]) -> Figure:
-    """R = sum a / sum b over items (a, b), 0 <= a <= b; in the interval items, not trials, are independent.
+    """R = sum a / sum b over items (a, b), 0 <= a <= b: say, a of an item's b candidates are right.
 
-    Wilson's interval with Student's t for R(1-R)/V trials, V = m/(m-1) sum (a - R b)^2 / (sum b)^2. For their number a
-    fifth of an average item is added, half of it right, so V is never 0: at R = 0 or 1 an item counts as one trial.
+    Items are independent, the trials within an item are not. So the interval is Wilson's with an
+    effective number of trials R (1 - R) / V, at most sum b, and with Student's t. V, the variance
+    of R, is m / (m - 1) sum (a - R b)^2 / (sum b)^2 over m items. For this number a fifth of an
+    average item is added, half of it right: V is never 0, and at R = 0 or 1 an item is a trial.
     """
-    pairs = [(a, b) for a, b in pairs if b > 0]
-    m, trials = len(pairs), math.fsum(b for _, b in pairs)
-    if m == 0:
+    items = [(a, b) for a, b in pairs if b > 0]
+    if not items:
         return proportion(0, 0)
-    share, half, df = math.fsum(a for a, _ in pairs) / trials, 0.1 / m, max(m - 1, 1)
-    squares = math.fsum(((a - share * b) / trials) ** 2 for a, b in pairs) + half / m * (share ** 2 + (1 - share) ** 2)
+    m = len(items)
+    df = max(m - 1, 1)
+    trials = math.fsum(b for _, b in items)
+    share = math.fsum(a for a, _ in items) / trials
+
+    half = 0.1 / m                                  # a tenth of an average item, of all trials
+    residuals = [(a - share * b) / trials for a, b in items]
+    squares = math.fsum(residual ** 2 for residual in residuals)
+    squares += half / m * (share ** 2 + (1 - share) ** 2)
     smooth = (share + half) / (1 + 2 * half)
-    t = Z + (Z ** 3 + Z) / (4 * df)                                    # Student's quantile to the order 1 / df
-    w = t * t / min(smooth * (1 - smooth) / (squares * m / df), trials)
-    centre, width = share + w / 2, math.sqrt(share * (1 - share) * w + w * w / 4)
-    return {"value": share, "low": min(max(0.0, (centre - width) / (1 + w)), share),
-            "high": max(min(1.0, (centre + width) / (1 + w)), share), "n": round(trials)}
+    effective = smooth * (1 - smooth) / (squares * m / df)
+
+    t = Z + (Z ** 3 + Z) / (4 * df)                 # Student's quantile to the order 1 / df
+    w = t * t / min(effective, trials)
+    centre = share + w / 2                          # Wilson's interval, in terms of w
+    width = math.sqrt(share * (1 - share) * w + w * w / 4)
+    low = min(max(0.0, (centre - width) / (1 + w)), share)
+    high = max(min(1.0, (centre + width) / (1 + w)), share)
+    return {"value": share, "low": low, "high": high, "n": round(trials)}
 
 
-def balanced_ratio(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]) -> Figure:
-    """Mean of two clustered ratios over the same items, in the same order: each item's influences on both add up."""
-    one, two, m = clustered_ratio(first), clustered_ratio(second), len(first)
-    if not one["n"] or not two["n"]:
+def balanced_ratio(first: Sequence[tuple[float, float]],
+                   second: Sequence[tuple[float, float]]) -> Figure:
+    """Mean of two clustered ratios over the same items, listed in the same order.
+
+    Its interval is that of items of equal size that have the same influences on the mean.
+    """
+    one = clustered_ratio(first)
+    two = clustered_ratio(second)
+    if one["value"] is None or two["value"] is None:
         return proportion(0, 0)
-    value, n = (one["value"] + two["value"]) / 2, one["n"] + two["n"]
-    influence = [(a - one["value"] * b) / one["n"] / 2 + (c - two["value"] * d) / two["n"] / 2
-                 for (a, b), (c, d) in zip(first, second, strict=True)]
-    size = 4 * n / m                            # such a mean may vary less than one of n tosses does
-    return clustered_ratio((size * (value + m * u), size) for u in influence) | {"value": value, "n": n}
+    mean = (one["value"] + two["value"]) / 2
+    n = one["n"] + two["n"]
+    m = len(first)
+    size = 4 * n / m                                # such a mean may vary less than n tosses do
+    items = []
+    for (a, b), (c, d) in zip(first, second, strict=True):      # influence on R: (a - R b) / sum b
+        influence_one = (a - one["value"] * b) / one["n"] / 2
+        influence_two = (c - two["value"] * d) / two["n"] / 2
+        items.append((size * (mean + m * (influence_one + influence_two)), size))
+    return clustered_ratio(items) | {"value": mean, "n": n}
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Figure:
-    """mean(after) - mean(before) on the same items (bools or shares), with Agresti and Min's (2005) closed interval.
+    """mean(after) - mean(before) on the same items; an item's value is a bool or a share.
 
-    They add 1/2 to each cell of the paired 2 x 2 table: close to 95 % from small n on, and wide where all are equal.
+    The interval is Agresti and Min's (2005), who add 1/2 to each cell of the paired 2 x 2 table:
+    close to 95 % from few items on, and wide where all items are equal.
     """
-    changes = [float(a) - float(b) for b, a in zip(before, after, strict=True)]
-    n, total = len(changes), math.fsum(changes)
-    centre, square = total / (n + 2), (math.fsum(d * d for d in changes) + 1) / (n + 2)
-    half = Z * math.sqrt((square - centre ** 2) / (n + 2)) if n else 1.0
-    return {"value": total / n if n else None, "low": max(-1.0, centre - half), "high": min(1.0, centre + half), "n": n}
+    changes = [float(new) - float(old) for old, new in zip(before, after, strict=True)]
+    n = len(changes)
+    if n == 0:
+        return {"value": None, "low": -1.0, "high": 1.0, "n": 0}
+    total = math.fsum(changes)
+    centre = total / (n + 2)        # the cells are two items: half a one rises, half a one falls
+    mean_square = (math.fsum(change * change for change in changes) + 1) / (n + 2)
+    width = Z * math.sqrt((mean_square - centre ** 2) / (n + 2))
+    low = max(-1.0, centre - width)
+    return {"value": total / n, "low": low, "high": min(1.0, centre + width), "n": n}
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool], fell: bool = False) -> float:
-    """Exact McNemar p value, two-sided or that accuracy `fell`: items that changed are tosses of a fair coin."""
-    changed = [bool(b) for b, a in zip(before, after, strict=True) if bool(a) != bool(b)]
-    n, lost = len(changed), sum(changed)
-    return _upper_tail(lost, n, 0.5) if fell else min(1.0, 2 * _upper_tail(max(lost, n - lost), n, 0.5))
+    """Exact McNemar p value, two-sided or that accuracy `fell`: changed items are coin tosses."""
+    pairs = [(bool(old), bool(new)) for old, new in zip(before, after, strict=True)]
+    lost = pairs.count((True, False))
+    gained = pairs.count((False, True))
+    if fell:
+        return _upper_tail(lost, lost + gained, 0.5)
+    return min(1.0, 2 * _upper_tail(max(lost, gained), lost + gained, 0.5))
 
 
 def fell_significantly(before: Sequence[bool], after: Sequence[bool], alpha: float = 0.05) -> bool:
@@ -162,280 +192,505 @@ def fell_significantly(before: Sequence[bool], after: Sequence[bool], alpha: flo
     return mcnemar(before, after, fell=True) <= alpha
 
 
-def gather_records(items: Sequence[Any], *, greedy: Callable, sample: Callable, score: Callable, own: Callable,
-                   correct: Callable) -> list[dict[str, Any]]:
+# ---- records
+class Record(TypedDict, total=False):
+    """A candidate that a verifier has scored. Keys from `text` on may be null or absent."""
+    item: Required[str]                             # id of the question
+    correct: Required[bool]                         # exact match with the known answer
+    score: Required[float | None]                   # in [0, 1], null where none could be read
+    text: str | None                                # the candidate; equal texts are not paired
+    truncated: bool | None                          # was the verdict cut off?
+    candidate_parsed: bool | None                   # was an answer found in the candidate?
+    candidate_truncated: bool | None
+    seconds: float | None                           # what the verdict cost
+    tokens: float | None
+    greedy_correct: bool | None                     # the student's greedy answer to the question:
+    greedy_parsed: bool | None                      # the same in all records of an item
+    greedy_truncated: bool | None
+    own_correct: bool | None                        # the verifier's
+    own_parsed: bool | None
+    own_truncated: bool | None
+
+
+def gather_records(items: Sequence[Any], *, greedy: Call, sample: Call, score: Call, own: Call,
+                   correct: Call) -> list[Record]:
     """Ask student and verifier about `items` (each has an `.id`); returns one record a candidate.
 
-    `greedy`, `own`: the student's and the verifier's greedy completions (.text, .finish_reason); `sample`: K of the
-    student's for each item; `score`, given items and texts: the verdicts on them (.value, .truncated); `correct`,
-    given an item and a text: exact match (.correct, and .answer, None where none could be read).
+    `greedy(items)`, `own(items)`: the student's, the verifier's greedy completions (.text and
+    .finish_reason); `sample(items)`: K of the student's for each; `score(items, texts)`: verdicts
+    (.value, .truncated and, if known, the costs .seconds and .tokens); `correct(item, text)`:
+    exact match (.correct, and .answer, None where none could be read).
     """
-    def judged(item: Any, completion: Any, who: str) -> dict[str, bool]:
-        verdict = correct(item, completion.text)
-        return {who + "_correct": bool(verdict.correct), who + "_parsed": verdict.answer is not None,
-                who + "_truncated": completion.finish_reason == "length"}
-    samples, records = sample(items), []
-    scores = score(items, [[c.text for c in row] for row in samples])
-    for item, row, verdicts, student, verifier in zip(items, samples, scores, greedy(items), own(items), strict=True):
-        answers = judged(item, student, "greedy") | judged(item, verifier, "own")
-        for completion, verdict in zip(row, verdicts, strict=True):
-            candidate = judged(item, completion, "candidate")
-            records.append({"item": item.id, "correct": candidate.pop("candidate_correct"), "score": verdict.value,
-                            "text": completion.text, "truncated": bool(verdict.truncated), **candidate, **answers})
+    samples = sample(items)
+    texts = []
+    for completions in samples:
+        texts.append([completion.text for completion in completions])
+    rows = zip(items, samples, score(items, texts), greedy(items), own(items), strict=True)
+
+    records = []
+    for item, completions, verdicts, student_answer, verifier_answer in rows:
+        answers = _grade(item, student_answer, "greedy", correct)
+        answers |= _grade(item, verifier_answer, "own", correct)
+        for completion, verdict in zip(completions, verdicts, strict=True):
+            candidate = _grade(item, completion, "candidate", correct)
+            record = {"item": item.id, "correct": candidate.pop("candidate_correct"),
+                      "score": verdict.value, "text": completion.text,
+                      "truncated": bool(verdict.truncated), **candidate, **answers}
+            for cost in ("seconds", "tokens"):
+                if getattr(verdict, cost, None) is not None:
+                    record[cost] = getattr(verdict, cost)
+            records.append(cast(Record, record))
     return records
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; whatever is wrong with it is a ValueError that names the line."""
-    records, first = [], {}
+def _grade(item: Any, completion: Any, whose: str, correct: Call) -> dict[str, bool]:
+    """The three keys of a record that are about a completion."""
+    match = correct(item, completion.text)
+    return {f"{whose}_correct": bool(match.correct), f"{whose}_parsed": match.answer is not None,
+            f"{whose}_truncated": completion.finish_reason == "length"}
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records of a JSON Lines file; whatever is wrong is a ValueError that names the line."""
+    records: list[Record] = []
+    first_line: dict[tuple[str, str], tuple[Any, int]] = {}
     for number, line in enumerate(Path(path).read_bytes().rstrip().split(b"\n"), 1):
         try:
-            records.append(json.loads(line.decode("utf-8-sig").strip() or "null"))
-            check_record(records[-1])
+            record = json.loads(line.decode("utf-8-sig").strip() or "null")
+            check_record(record)
             for key in ITEM_RATES:
-                value, seen = first.setdefault((records[-1]["item"], key), (records[-1].get(key), number))
-                if records[-1].get(key) != value:
-                    raise ValueError(f'"{key}" of item {records[-1]["item"]!r} differs from line {seen}')
-        except (ValueError, RecursionError) as error:                  # json's and the decoder's are ValueErrors too
+                seen = first_line.setdefault((record["item"], key), (record.get(key), number))
+                if record.get(key) != seen[0]:
+                    raise ValueError(f'"{key}" of {record["item"]!r} differs from line {seen[1]}')
+        except (ValueError, RecursionError) as error:       # of json and of the decoder, too
             raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None
+        records.append(record)
     return records
 
 
 def check_record(record: Any) -> None:
     """ValueError that says what is wrong with a record."""
     if not isinstance(record, dict) or not {"item", "correct", "score"} <= record.keys():
-        raise ValueError('a record must be an object with "item", "correct" and "score", not ' + repr(record)[:80])
+        raise ValueError(f"a record is an object with item, correct and score, not {record!r:.80}")
     for key in ("item", "correct", "text", *RATES, *ITEM_RATES):
+        value = record.get(key)
         kind, word = (str, "a string") if key in ("item", "text") else (bool, "true or false")
-        if not isinstance(record.get(key), kind) and (key in ("item", "correct") or record.get(key) is not None):
-            raise ValueError(f'"{key}" must be {word}, not {record[key]!r}')
-    score = record["score"]
-    if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1):
-        raise ValueError(f'"score" must be a number in [0, 1] or null, not {score!r}')
+        if not isinstance(value, kind) and (value is not None or key in ("item", "correct")):
+            raise ValueError(f'"{key}" must be {word}, not {value!r}')
+    for key, most in (("score", 1), ("seconds", 1e15), ("tokens", 1e15)):   # 1e15: sums stay finite
+        value = record.get(key)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value <= most):       # NaN compares false
+            raise ValueError(f'"{key}" must be a number in [0, {most:g}] or null, not {value!r}')
 
 
-def measure(records: Iterable[dict[str, Any]], pair_rule: Callable, min_margin: float) -> dict[str, Any]:
-    """Every measure of the records, by name; `pair_rule(item, texts, scores)` is (top, bottom) or a reason for none.
+# ---- measures
+def agrees(score: float | None, correct: bool) -> bool:
+    """Does a verdict say what exact match says? One without a score does not."""
+    return score is not None and (score >= ACCEPT) == correct
 
-    Candidates without a text are told apart by their position. `pick_lift`, a mean over items: accuracy of the
-    best-scored candidate (of several the mean) minus the mean candidate's, so 0 where no score could be read.
+
+def measure_rubric_accuracy(verifier_model: Call, task_items: Iterable[Any],
+                            rubric_prompt_fn: Call, task_native_scorer: Call) -> float:
+    """Share of items whose verdict [score >= 0.5] agrees with exact match.
+
+    `verifier_model(prompt)` is a score in [0, 1], None, or a reply's text, which verifier.py
+    reads; `task_native_scorer(item)`: is the item's candidate right (a bool, or its .correct)?
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
+    agreed = []
+    for item in task_items:
+        score = verifier_model(rubric_prompt_fn(item))
+        right = task_native_scorer(item)
+        if isinstance(score, str):
+            from verifier import parse_score
+            score = parse_score(score)
+        if score is not None and not 0.0 <= score <= 1.0:
+            raise ValueError(f"a verifier's score must lie in [0, 1], not {score!r}")
+        agreed.append(agrees(score, bool(getattr(right, "correct", right))))
+    if not agreed:
+        raise ValueError("rubric accuracy needs items, not 0 of them")
+    return sum(agreed) / len(agreed)
+
+
+def should_deploy_self_dpo(rubric_accuracy: float, frozen_student_baseline: float) -> bool:
+    """The published rule: run the loop unless rubric accuracy is below the student's accuracy."""
+    for value in (rubric_accuracy, frozen_student_baseline):
+        if not 0.0 <= value <= 1.0:                 # NaN compares false
+            raise ValueError(f"an accuracy must lie in [0, 1], not {value!r}")
+    return rubric_accuracy >= frozen_student_baseline
+
+
+def measure(records: Iterable[Record], pair_rule: Call, min_margin: float) -> Measures:
+    """Every measure of one verifier's records, by name.
+
+    `pair_rule(item, texts, scores)`: the indices (top, bottom) of the pair that training would
+    form, or a reason for none. `pick_lift`, a mean over items: accuracy of the best-scored
+    candidate (of several the mean; of all if no score was read) minus the mean candidate's.
+    """
+    groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         check_record(record)
-        read, accepts = record["score"] is not None, (record["score"] or 0.0) >= ACCEPT
-        judged = {"read": read, "accepts": accepts, "agrees": read and accepts == record["correct"]}
-        groups.setdefault(record["item"], []).append(record | judged)
+        groups[record["item"]].append(record)
     if not groups:
         raise ValueError("no records to measure")
-    rows = list(groups.values())
 
-    def counts(key: str, among: Callable = lambda r: True) -> list[tuple[int, int]]:
-        return [(sum(r[key] for r in row if among(r)), sum(map(among, row))) for row in rows]
-    best = [max((r["score"] for r in row if r["read"]), default=None) for row in rows]
-    picks = [fmean(r["correct"] for r in row if r["score"] == top) for row, top in zip(rows, best)]
-    at_tau, *by_margin = _directions(groups, pair_rule, (min_margin, 0.0, 0.1, 0.25, 0.5, 0.75))
-    found = {"items": len(rows), "records": sum(map(len, rows)), "min_margin": min_margin,
-             "baseline_accuracy": clustered_ratio(counts("correct")),
-             "rubric_accuracy": clustered_ratio(counts("agrees")),
-             "balanced_accuracy": balanced_ratio(*(counts("agrees", lambda r: r["correct"] == c) for c in (1, 0))),
-             "accept_rate": clustered_ratio(counts("accepts")), "parse_rate": clustered_ratio(counts("read")),
-             "direction": at_tau["direction"], "mixed_share": proportion(at_tau["mixed"], at_tau["pairs"]),
-             "direction_by_margin": by_margin,
-             "pick_lift": paired_difference([fmean(r["correct"] for r in row) for row in rows], picks)}
-    found |= {name: rate for key, name in RATES.items()
-              if (rate := clustered_ratio(counts(key, lambda r: r.get(key) is not None)))["n"]}
-    found |= {name: proportion(sum(known), len(known)) for key, name in ITEM_RATES.items()
-              if (known := [row[0][key] for row in rows if row[0].get(key) is not None])}
-    return found
+    counts: dict[str, list[tuple[int, int]]] = defaultdict(list)    # name -> (a, b) of each item
+    picked_accuracy = []
+    for row in groups.values():
+        scores = [record["score"] for record in row if record["score"] is not None]
+        of_right = [agrees(record["score"], True) for record in row if record["correct"]]
+        of_wrong = [agrees(record["score"], False) for record in row if not record["correct"]]
+        counts["baseline_accuracy"].append((len(of_right), len(row)))
+        counts["rubric_accuracy"].append((sum(of_right) + sum(of_wrong), len(row)))
+        counts["agreement, right"].append((sum(of_right), len(of_right)))
+        counts["agreement, wrong"].append((sum(of_wrong), len(of_wrong)))
+        counts["accept_rate"].append((sum(score >= ACCEPT for score in scores), len(row)))
+        counts["parse_rate"].append((len(scores), len(row)))
+        for key, name in RATES.items():
+            known = [record.get(key) for record in row if record.get(key) is not None]
+            counts[name].append((known.count(True), len(known)))
+        best = max(scores, default=None)
+        picked = [record["correct"] for record in row if record["score"] == best]
+        picked_accuracy.append(fmean(picked))
+    mean_accuracy = [right / size for right, size in counts["baseline_accuracy"]]
+    balanced = balanced_ratio(counts.pop("agreement, right"), counts.pop("agreement, wrong"))
+    figures = {name: clustered_ratio(items) for name, items in counts.items()}
+    for key, name in ITEM_RATES.items():
+        known = [row[0].get(key) for row in groups.values() if row[0].get(key) is not None]
+        figures[name] = proportion(known.count(True), len(known))
+
+    pairs = _form_pairs(groups, pair_rule)
+    at_tau = _direction(pairs, min_margin)
+    return {
+        "items": len(groups), "records": sum(map(len, groups.values())), "min_margin": min_margin,
+        **{name: figure for name, figure in figures.items() if figure["n"]},
+        "balanced_accuracy": balanced, "direction": at_tau["direction"],
+        "mixed_share": proportion(at_tau["mixed"], at_tau["pairs"]),
+        "direction_by_margin": [_direction(pairs, tau) for tau in (0.0, 0.1, 0.25, 0.5, 0.75)],
+        "pick_lift": paired_difference(mean_accuracy, picked_accuracy)}
 
 
-def _directions(groups: dict[str, list[dict[str, Any]]], pair_rule: Callable, taus: Sequence[float]) -> Iterator[dict]:
-    """q(tau) for each tau, with the numbers of pairs and of mixed pairs (one side right) that have such a margin."""
+def _form_pairs(groups: dict[str, list[Record]], pair_rule: Call) -> list[tuple[Record, Record]]:
+    """(chosen, rejected) of every item that gives a pair; without a text a candidate is its own."""
     pairs = []
     for item, row in groups.items():
-        texts = [str(k) if r.get("text") is None else r["text"] for k, r in enumerate(row)]
-        pair = pair_rule(item, texts, [r["score"] for r in row])
-        pairs += [] if isinstance(pair, str) else [(row[pair[0]], row[pair[1]])]
-    for tau in taus:
-        kept = [(top["correct"], low["correct"]) for top, low in pairs
-                if round(top["score"] - low["score"], 9) >= tau]               # 0.7 - 0.2 reaches 0.5
-        won = [top for top, low in kept if top != low]
-        yield {"min_margin": tau, "direction": proportion(sum(won), len(won)), "pairs": len(kept), "mixed": len(won)}
+        texts = [record.get("text") for record in row]
+        names = [str(k) if text is None else text for k, text in enumerate(texts)]
+        outcome = pair_rule(item, names, [record["score"] for record in row])
+        if not isinstance(outcome, str):
+            pairs.append((row[outcome[0]], row[outcome[1]]))
+    return pairs
 
 
-def decide_before(measures: dict[str, Any], rule: str = "ours", min_direction: float = MIN_DIRECTION) -> Decision:
-    """The rule "ours" above, or "paper": the published one alone. Own answers count where they are known."""
+def _direction(pairs: Sequence[tuple[Record, Record]], tau: float) -> dict[str, Any]:
+    """q(tau), and the numbers of pairs and of mixed pairs (one side right) with such a margin."""
+    sides = []
+    for chosen, rejected in pairs:
+        assert chosen["score"] is not None and rejected["score"] is not None
+        if round(chosen["score"] - rejected["score"], 9) >= tau:    # 0.7 - 0.2 reaches 0.5
+            sides.append((chosen["correct"], rejected["correct"]))
+    won = sides.count((True, False))
+    mixed = won + sides.count((False, True))
+    figure = proportion(won, mixed)
+    return {"min_margin": tau, "direction": figure, "pairs": len(sides), "mixed": mixed}
+
+
+# ---- decisions
+@dataclass(frozen=True)
+class Decision:
+    """PASS or BLOCK before training, PROMOTE or REJECT after it; a no names all that failed."""
+    verdict: str
+    reasons: list[str]
+    measures: Measures
+
+
+def decide_before(
+        measures: Measures, rule: str = "ours", min_direction: float = MIN_DIRECTION) -> Decision:
+    """The rule "ours" above, or "paper", the published one alone. Own answers count if known."""
     assert rule in ("ours", "paper"), rule
-    base, own = measures["baseline_accuracy"], measures.get("own_answer_accuracy")
+    baseline = measures["baseline_accuracy"]
     checks = [_not_below(f"agreement (verdicts read: {measures['parse_rate']['value']:.1%})",
-                         measures["rubric_accuracy"], "the candidates' mean correctness", base)]
+                         measures["rubric_accuracy"], "the candidates' mean correctness", baseline)]
     if rule == "ours":
         checks.append(_direction_shown(measures, min_direction))
-        checks += [_not_below("accuracy of the verifier's own answers", own, "the student's accuracy",
-                              measures.get("greedy_accuracy", base))] if own else []
-    passed = all(ok for ok, _ in checks)
-    return Decision("PASS" if passed else "BLOCK", [why for ok, why in checks if ok == passed], measures)
+    if rule == "ours" and "own_answer_accuracy" in measures:
+        checks.append(_not_below(
+            "accuracy of the verifier's own answers", measures["own_answer_accuracy"],
+            "the student's accuracy", measures.get("greedy_accuracy") or baseline))
+    passed = all(holds for holds, _ in checks)
+    reasons = [reason for holds, reason in checks if holds == passed]
+    return Decision("PASS" if passed else "BLOCK", reasons, measures)
 
 
 def _not_below(name: str, figure: Figure, base_name: str, base: Figure) -> tuple[bool, str]:
-    ok, overlap = should_deploy_self_dpo(figure["value"], base["value"]), figure["high"] >= base["low"]
-    cure = "" if ok else f"; {'more items would settle it' if overlap else 'use another verifier or mend its prompt'}"
-    return ok, f"{name}, {_text(figure)}, is {'not ' * ok}below {base_name}, {_text(base)}{cure}"
+    """Is the value at least the base's, and why? The intervals say whether a no may be chance."""
+    assert figure["value"] is not None and base["value"] is not None
+    shown = f"{name}, {format_figure(figure)}"
+    base_shown = f"below {base_name}, {format_figure(base)}"
+    if should_deploy_self_dpo(figure["value"], base["value"]):
+        return True, f"{shown}, is not {base_shown}"
+    if figure["high"] >= base["low"]:
+        return False, f"{shown}, is {base_shown}; more items would settle it"
+    return False, f"{shown}, is {base_shown}; use another verifier or mend its prompt"
 
 
-def _direction_shown(measures: dict[str, Any], least: float) -> tuple[bool, str]:
-    low, value, high, n = (measures["direction"][key] for key in ("low", "value", "high", "n"))
-    found = (f"{round((value or 0) * n)} of {n} mixed pairs (one side right) with a margin of at least "
-             f"{measures['min_margin']:g} point the right way, 95 % interval {low:.2f} to {high:.2f}")
+def _direction_shown(measures: Measures, least: float) -> tuple[bool, str]:
+    """Does the interval of q(tau) lie above `least`, and why? Of a no: what would show it?"""
+    direction: Figure = measures["direction"]
+    low = direction["low"]
+    q = direction["value"] or 0
+    n = direction["n"]
+    counted = (f"{round(q * n)} of {n} mixed pairs (one side right) with a margin of at least "
+               f"{measures['min_margin']:g} point the right way, "
+               f"95 % interval {low:.2f} to {direction['high']:.2f}")
     if low > least:
-        return True, f"direction shown: {found}"
-    if high < least or n >= NEEDED_MIXED and value <= least:
-        return False, f"{'wrong direction' if high < least else 'no direction'}: {found}; use another verifier"
-    needed = max(NEEDED_MIXED, math.ceil(n * ((value - low) / (value - least)) ** 2) if n and value > least else 0)
+        return True, f"direction shown: {counted}"
+    if direction["high"] < least:
+        return False, f"wrong direction: {counted}; use another verifier"
+    if n >= NEEDED_MIXED and q <= least:
+        return False, f"no direction: {counted}; use another verifier"
+    needed = NEEDED_MIXED
+    if q > least:                                   # q - low shrinks with 1 / sqrt(n)
+        needed = max(needed, math.ceil(n * ((q - low) / (q - least)) ** 2))
     items = f" ({math.ceil(measures['items'] * needed / n)} items like these)" if n else ""
-    return False, f"direction not shown: {found}; about {needed} mixed pairs are needed{items}"
+    return False, f"direction not shown: {counted}; about {needed} mixed pairs are needed{items}"
 
 
-def _text(figure: Figure | None) -> str:
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" if figure and figure["n"] else "unknown"
+def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = True,
+               min_low: float = -0.02) -> Decision:
+    """PROMOTE a gain on held-out items whose paired interval excludes a change of `min_low`."""
+    change = paired_difference(before, after)
+    p = mcnemar(before, after)
+    old = proportion(sum(map(bool, before)), len(before))
+    new = proportion(sum(map(bool, after)), len(after))
+    outcome = (f"held-out accuracy went from {format_figure(old)} to {format_figure(new)}, "
+               f"by {format_figure(change)}, exact McNemar p = {p:.2g}")
+    faults = [] if trained else ["nothing was trained"]
+    if trained and (change["value"] or 0) <= 0:
+        faults.append(f"no gain: {outcome}")
+    if trained and change["low"] <= min_low:
+        faults.append(f"a change of {min_low:+g} is not excluded: {outcome}")
+    measures = {
+        "baseline_accuracy": old, "final_accuracy": new, "difference": change, "p_value": p}
+    if faults:
+        return Decision("REJECT", faults, measures)
+    return Decision("PROMOTE", [f"a gain: {outcome}"], measures)
 
 
-def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = True, min_low: float = -0.02) -> Decision:
-    """PROMOTE a gain on the held-out items whose paired interval excludes a loss of two points (`min_low`)."""
-    change, p = paired_difference(before, after), mcnemar(before, after)
-    old, new = (proportion(sum(map(bool, answers)), len(answers)) for answers in (before, after))
-    found = f"held-out accuracy went from {_text(old)} to {_text(new)}, by {_text(change)}, exact McNemar p = {p:.2g}"
-    faults = {"nothing was trained": not trained, f"no gain: {found}": trained and (change["value"] or 0) <= 0,
-              f"a change of {min_low:+g} is not excluded: {found}": trained and change["low"] <= min_low}
-    reasons = [why for why, failed in faults.items() if failed]
-    return Decision("REJECT" if reasons else "PROMOTE", reasons or [f"a gain: {found}"], {
-        "baseline_accuracy": old, "final_accuracy": new, "difference": change, "p_value": p})
+# ---- ranking of verifiers
+def verdict_costs(records: Sequence[Record]) -> dict[str, float]:
+    """What a verdict cost: the median of seconds, which leaves out warm-up; the mean of tokens."""
+    costs = {}
+    for key, average in (("seconds", median), ("tokens", fmean)):
+        known = [record.get(key) for record in records if record.get(key) is not None]
+        if known:
+            costs[f"{key}_per_verdict"] = average(cast(list[float], known))
+    return costs
 
 
-def explain_change(held_out: Sides, trained_on: Sides) -> dict[str, Any]:
-    """Why held-out accuracy fell, by the frozen and the trained student's answers to held-out and to trained-on items.
+def item_agreement(records: Iterable[Record]) -> dict[str, float]:
+    """For each item the share of its candidates on which the verdict agrees with exact match."""
+    agreed: dict[str, list[bool]] = defaultdict(list)
+    for record in records:
+        agreed[record["item"]].append(agrees(record["score"], record["correct"]))
+    return {item: fmean(row) for item, row in agreed.items()}
 
-    An answer has correct, answer, finish_reason, tokens, choice (is it to a choice question?) and, if known, score (the
-    verifier's). A figure is a paired difference beside the two means; it fell or rose if its interval excludes 0.
-    `diagnosis`: "wrong direction" where accuracy on trained-on items fell too; "does not transfer" where it or the mean
-    score there rose; "none of them"; "not measured" where no such item has an answer. `drift`: of held-out answers;
-    `outside_options` are those to choice questions that end and name no option. `reasons` says this in words, and
-    where the fall may be the form's: the parse rate fell by as much, or truncation rose.
+
+def check_same_candidates(records: dict[str, Sequence[Record]]) -> None:
+    """ValueError unless all verifiers have scored the same candidates of the same items."""
+    counts = {}
+    for name, rows in records.items():
+        counts[name] = Counter((r["item"], r.get("text"), r["correct"]) for r in rows)
+    first, *others = counts
+    for other in others:
+        for item, _, _ in counts[first] - counts[other] or counts[other] - counts[first]:
+            raise ValueError(f"{first} and {other} hold different candidates of item {item!r}")
+
+
+def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
+              ) -> tuple[Report, dict[str, Report]]:
+    """The cheapest verifier that passes and is shown to agree nearly as often as the best.
+
+    The paper ranks by agreement on the task, not by size (R2), and finds that more compute buys
+    nothing (R3). Costs are seconds; unless all are known, the best is recommended. Returns the
+    report's `recommended` (a name or None) and `recommendation`, and each verifier's report with
+    `cost`, over the least, and `difference_from_best`, in agreement, paired by item.
     """
-    accuracy, seen = (_moved(sides, lambda a: a["correct"]) for sides in (held_out, trained_on))
-    score, parsed = _moved(trained_on, lambda a: a.get("score")), _moved(held_out, lambda a: a["answer"] is not None)
-    cut = _moved(held_out, lambda a: a["finish_reason"] and a["finish_reason"] == "length")
-    outside = _moved(held_out, lambda a: a["answer"] is None and a["finish_reason"] == "stop" if a["choice"] else None)
-    fell = accuracy["high"] < 0
-    name = ("not measured" if not seen["n"] else "wrong direction" if fell and seen["high"] < 0 else
-            "does not transfer" if fell and max(seen["low"], score["low"]) > 0 else "none of them")
-    reasons = [f"{name}: accuracy moved by {_text(accuracy)} on held-out items and by {_text(seen)} on items trained "
-               f"on that have an answer, the verifier's mean score of what was said to these by {_text(score)}"]
-    if fell and parsed["value"] <= accuracy["value"]:
-        lost = [new["answer"] for old, new in zip(*held_out) if old["correct"] and not new["correct"]]
-        reasons.append(f"it may be the form, not the answers: the parse rate moved by {_text(parsed)}, and "
-                       f"{lost.count(None)} of the {len(lost)} right answers that were lost cannot be read")
-    if fell and cut["low"] > 0:
-        reasons.append(f"it may be the length: the share of answers that were cut off moved by {_text(cut)}")
-    drift = {"parse_rate": parsed, "truncation_rate": cut, "mean_tokens": _moved(held_out, lambda a: a["tokens"]),
-             "outside_options": outside}
-    return {"diagnosis": name, "trained_on": {"accuracy": seen, "verifier_score": score}, "drift": drift,
-            "reasons": reasons}
+    check_same_candidates(records)
+    agreement = {name: item_agreement(rows) for name, rows in records.items()}
+    passed = [name for name, report in reports.items() if report["verdict"] == "PASS"]
+    best = max(passed or reports, key=lambda name: fmean(agreement[name].values()))
+    least = min(report.get("seconds_per_verdict", 0) for report in reports.values())
+
+    ranked = {}
+    near = []
+    for name, report in reports.items():
+        shares = [agreement[name][item] for item in agreement[best]]
+        difference = paired_difference(list(agreement[best].values()), shares)
+        cost = report["seconds_per_verdict"] / least if least else None
+        ranked[name] = report | {"cost": cost, "difference_from_best": difference}
+        if name in passed and (name == best or difference["low"] > -NEARLY):
+            near.append(name)
+    pick = best if passed else None
+    if passed and least:
+        pick = min(near, key=lambda name: ranked[name]["cost"])
+    advice = _advice(ranked, passed, best, pick)
+    return {"recommended": pick, "recommendation": advice}, ranked
 
 
-def _moved(sides: Sides, read: Callable[[dict[str, Any]], float | None]) -> Figure:
-    """Paired difference, trained minus frozen, of what `read` finds (at least 0, or None) in both; and both means."""
-    pairs = [pair for pair in zip(*(map(read, side) for side in sides), strict=True) if None not in pair]
-    old, new = [b for b, _ in pairs], [a for _, a in pairs]
-    unit = max([1, *old, *new])                                        # the interval is made for values of at most 1
-    change = paired_difference([b / unit for b in old], [a / unit for a in new])
-    change |= {end: change[end] * unit for end in ("value", "low", "high") if pairs}
-    return change | {"frozen": fmean(old) if old else None, "trained": fmean(new) if new else None}
+def _advice(reports: dict[str, Report], passed: list[str], best: str, pick: str | None) -> str:
+    """The sentence: which verifier, why, and what compute beyond it buys, as far as measured."""
+    if pick is None:
+        return f"Of {len(reports)} verifiers measured none passes, so none is recommended."
+    if reports[pick]["cost"] is None:
+        return (f"{pick} is recommended: of {len(passed)} verifiers that pass it agrees best; what "
+                "a verdict costs is not known of all.")
+    if len(passed) == 1:
+        return (f"{pick} is recommended: of {len(reports)} verifiers measured no other passes, so "
+                "what more or less verifier compute would buy was not measured.")
+    gap: Figure = reports[pick]["difference_from_best"]
+    distance = format_figure(gap, "+.3f")
+    near = "it is the best" if pick == best else f"{distance} from the best, {best}"
+    why = (f"{pick} is recommended: of {len(passed)} verifiers that pass it is the cheapest whose "
+           f"agreement is shown to be less than {NEARLY:g} below that of the best ({near})")
+    if all(reports[name]["cost"] <= reports[pick]["cost"] for name in passed):
+        return f"{why}; none that passes costs more."
+    buys = "nothing that was measured"
+    if gap["value"] and gap["high"] < 0:
+        buys = f"{-gap['value']:.3f} of agreement"
+    return f"{why}; beyond it, more verifier compute buys {buys}."
 
 
-def _flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf, choices: tuple | None = None) -> Any:
-    return field(default_factory=lambda: default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+# ---- the program
+def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf,
+         choices: tuple[str, ...] | None = None) -> Any:
+    """A field of Config that is a flag; a number must lie in [low, high]."""
+    return field(default=default, metadata={"help": help, "range": (low, high), "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
-    records: str = _flag("", "JSON Lines file of scored candidates: no model is asked")
-    out: str = _flag("report.json", "file of the report")
-    rule: str = _flag("ours", "ours, or the published rule alone", choices=("ours", "paper"))
-    min_margin: float = _flag(0.5, "the loop's tau: pairs of a smaller margin do not count", 0, 1)
-    min_direction: float = _flag(MIN_DIRECTION, "the lower end of the direction must lie above this", 0, 1)
-    student: str = _flag("", "folder or hub id of the student")
-    verifier: list[str] = _flag([], "folders or hub ids of the verifiers")
-    task: str = _flag("", "name of the task")
-    data: str = _flag("", "directory of the task's data, where it needs one")
-    split: str = _flag("", "split of the data (default: the task's own choice)")
-    items: int = _flag(200, "items to ask about, drawn from those with an answer", 1)
-    k: int = _flag(8, "candidates an item", 2)
-    temperature: float = _flag(1.0, "sampling temperature of the candidates", 1e-6, 1e6)
-    top_p: float = _flag(0.9, "nucleus that the candidates are sampled from", 1e-6, 1)
-    max_new_tokens: int = _flag(256, "longest answer", 1)
-    verdict_tokens: int = _flag(64, "longest verdict", 1)
-    verdict: str = _flag("json", "how the verifier scores: json, logits, ... (the names of verifier.VERDICTS)")
-    batch_size: int = _flag(16, "prompts that are prefilled together", 1)
-    seed: int = _flag(0, "seed of the choice of items and of the sampling", 0)
-    device: str = _flag("", "cpu or cuda (default: cuda where there is one)")
-    cache: str = _flag("", "folder of what the models answered (default: gate_cache beside the report)")
+    records: Sequence[str] = flag((), "JSON Lines files of scored candidates, one a verifier")
+    out: str = flag("report.json", "file of the report")
+    rule: str = flag("ours", "ours, or the published rule alone", choices=("ours", "paper"))
+    min_margin: float = flag(0.5, "the loop's tau: pairs of a smaller margin do not count", 0, 1)
+    min_direction: float = flag(MIN_DIRECTION, "q's lower end must lie above this", 0, 1)
+    student: str = flag("", "folder or hub id of the student")
+    verifier: Sequence[str] = flag((), "folders or hub ids of the verifiers")
+    task: str = flag("", "name of the task")
+    data: str = flag("", "directory of the task's data, where it needs one")
+    split: str = flag("", "split of the data (default: the task's own choice)")
+    items: int = flag(200, "items to ask about, drawn from those with an answer", 1)
+    k: int = flag(8, "candidates an item", 2)
+    temperature: float = flag(1.0, "sampling temperature of the candidates", 1e-6, 1e6)
+    top_p: float = flag(0.9, "nucleus that the candidates are sampled from", 1e-6, 1)
+    max_new_tokens: int = flag(256, "longest answer", 1)
+    verdict_tokens: int = flag(64, "longest verdict", 1)
+    verdict: str = flag("json", "how the verifier scores: a name of verifier.VERDICTS, as json")
+    batch_size: int = flag(16, "prompts that are prefilled together", 1)
+    seed: int = flag(0, "seed of the choice of items and of the sampling", 0)
+    device: str = flag("", "cpu or cuda (default: cuda where there is one)")
+    cache: str = flag("", "folder of what models answered (default: gate_cache beside the report)")
 
     def __post_init__(self) -> None:
-        from tasks.flags import check_ranges
-        if [bool(self.student), bool(self.verifier), bool(self.task)] != [not self.records] * 3:
+        models = (self.student, self.verifier, self.task)
+        if any(models) if self.records else not all(models):
             raise ValueError("give either --records, or all of --student, --verifier and --task")
-        for name in ("records", "data"):
-            if (path := Path(getattr(self, name))).is_file() and Path(self.out).exists() and path.samefile(self.out):
-                raise ValueError(f"--out {self.out} is the file of --{name}, which the report would replace")
-        if Path(self.out).is_dir():
-            raise ValueError(f"--out {self.out} is a folder; the report is a file")
-        check_ranges(self)
-        if not self.records:
-            from tasks import TASKS
-            from verifier import VERDICTS
-            for name, known in (("task", TASKS), ("verdict", VERDICTS)):
-                if getattr(self, name) not in known:
-                    raise ValueError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        out = Path(self.out)
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder; the report is a file")
+        for name, paths in (("records", self.records), ("data", [self.data])):
+            if out.exists() and any(Path(path).is_file() and out.samefile(path) for path in paths):
+                raise ValueError(f"--out {out} would replace a file of --{name}")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            low, high = option.metadata["range"]
+            if isinstance(value, (int, float)) and not low <= value <= high:        # or NaN
+                name = option.name.replace("_", "-")
+                raise ValueError(f"--{name} must lie in [{low:g}, {high:g}], not {value}")
 
 
-def _show(reports: dict[str, dict[str, Any]]) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """A parser with a flag for each field of Config; what is not given keeps its default there."""
+    parser = argparse.ArgumentParser(           # without its usage an error is one sentence
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage=argparse.SUPPRESS)
+    for option in fields(Config):
+        name = "--" + option.name.replace("_", "-")
+        text = option.metadata["help"]
+        if option.default == ():
+            parser.add_argument(name, nargs="+", help=text)
+            continue
+        if option.default != "":
+            text += f" (default {option.default})"
+        kind = type(option.default)
+        parser.add_argument(name, type=kind, choices=option.metadata["choices"], help=text)
+    return parser
+
+
+def print_reports(reports: dict[str, Report]) -> None:
     """Print the table, the best agreement first, and every verifier's reasons."""
-    names = ("rubric_accuracy", "baseline_accuracy", "own_answer_accuracy", "direction", "balanced_accuracy")
-    forms = {"parameters": "{:,}", "seconds_per_verdict": "{:.4g}", "tokens_per_verdict": "{:.1f}", "cost": "{:.2f}x"}
-    forms = {name: form for name, form in forms.items() if all(name in report for report in reports.values())}
-    order = sorted(reports.items(), key=lambda named: -named[1][names[0]]["value"])
-    print("verdict", *(f"{name:20}" for name in names), *(f"{name:>19}" for name in forms), "verifier", sep="  ")
-    for path, report in order:
-        print(f"{report['verdict']:7}", *(f"{_text(report.get(name)):20}" for name in names),
-              *(f"{form.format(report[name]):>19}" for name, form in forms.items()), path, sep="  ")
-    for path, report in order:
-        print(f"\n{path}", *report["reasons"], sep="\n  - ")
+    figures = ("rubric_accuracy", "baseline_accuracy", "own_answer_accuracy", "direction",
+               "balanced_accuracy")
+    costs = {"parameters": "{:,}", "seconds_per_verdict": "{:.4g}", "tokens_per_verdict": "{:.1f}",
+             "cost": "{:.2f}x"}
+    for name in list(costs):
+        if any(report.get(name) is None for report in reports.values()):
+            del costs[name]                         # not known of all
+    order = sorted(reports, key=lambda name: -reports[name]["rubric_accuracy"]["value"])
+    head = [f"{name:20}" for name in figures] + [f"{name:>19}" for name in costs]
+    print("verdict", *head, "verifier", sep="  ")
+    for verifier in order:
+        report = reports[verifier]
+        cells = [f"{format_figure(report.get(name)):20}" for name in figures]
+        cells += [f"{form.format(report[name]):>19}" for name, form in costs.items()]
+        print(f"{report['verdict']:7}", *cells, verifier, sep="  ")
+    for verifier in order:
+        print(f"\n{verifier}", *reports[verifier]["reasons"], sep="\n  - ")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Measure every verifier, from records or by asking models; returns the exit status."""
     from replay import select_pair
-    from tasks.flags import parse_flags
-    from tasks.jsonl import write_whole
-    cfg, reports, advice = parse_flags(Config, __doc__, argv), {}, {}
+    parser = build_parser()
     try:
-        if cfg.records:
-            asked = {cfg.records: (read_records(cfg.records), {})}
-        else:
-            from loop.survey import recommend, survey
-            asked = survey(cfg)
-        for path, (records, costs) in asked.items():
-            made = decide_before(measure(records, select_pair, cfg.min_margin), cfg.rule, cfg.min_direction)
-            reports[path] = {"verdict": made.verdict, "reasons": made.reasons, "rule": cfg.rule} | costs | made.measures
+        cfg = Config(**vars(parser.parse_args(argv)))
+        if not cfg.records:                         # what lies above this file is imported here
+            from eval import score as exact_match
+            from loop.survey import SurveyConfig, survey
+            questions = SurveyConfig(**{f.name: getattr(cfg, f.name) for f in fields(SurveyConfig)})
+    except ValueError as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        print(f"gate.py: models cannot be asked: {error}", file=sys.stderr)
+        return 1
+    reports: dict[str, Report] = defaultdict(dict)  # by the verifier's name: its file or folder
+    advice: Report = {}
+    try:
+        records: dict[str, Sequence[Record]] = {path: read_records(path) for path in cfg.records}
         if not cfg.records:
-            advice = recommend(reports, {path: records for path, (records, _) in asked.items()})
-        whole = advice | ({"verifiers": reports} if len(reports) > 1 else reports[path])
-        write_whole(Path(cfg.out), json.dumps(whole, indent=2) + "\n")
+            cache = Path(cfg.cache or Path(cfg.out).parent / "gate_cache")
+            for name, answers in survey(questions, cache).items():
+                reports[name] = {"parameters": answers.parameters}
+                records[name] = gather_records(
+                    answers.items, greedy=answers.greedy, sample=answers.samples,
+                    score=answers.verdicts, own=answers.own, correct=exact_match)
+        for name, rows in records.items():
+            measures = measure(rows, select_pair, cfg.min_margin)
+            decision = decide_before(measures, cfg.rule, cfg.min_direction)
+            decided = {"verdict": decision.verdict, "reasons": decision.reasons, "rule": cfg.rule}
+            reports[name] = decided | reports[name] | verdict_costs(rows) | measures
+        if len(reports) > 1 or not cfg.records:
+            advice, reports = recommend(reports, records)
+        whole = advice | ({"verifiers": reports} if len(reports) > 1 else reports[name])
+        aside = Path(cfg.out + ".tmp")              # renamed, so that --out is never half-written
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+        aside.replace(cfg.out)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"gate.py: {error}", file=sys.stderr)
         return 2 if cfg.records else 1
-    _show(reports)
+    print_reports(reports)
     if advice:
         print(f"\n{advice['recommendation']}")
     return 0 if any(report["verdict"] == "PASS" for report in reports.values()) else 3

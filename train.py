@@ -39,11 +39,11 @@ from loop.asking import greedy_answers, greedy_completions, verdicts
 from loop.flags import TrainingFlags
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model
 from loop.ranks import Interrupted, Ranks, exit_status
-from loop.rounds import count_round
+from loop.rounds import count_round, pair_directions
 from loop.run import Run
 from loop.side_by_side import compare_answers
 from loop.state import State, restore, save
-from loop.survey import draw_items, right_way
+from loop.survey import draw_items
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
 from model import VLM, Completion, load_vlm
 from model.checkpoint import folder_digest
@@ -157,7 +157,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             candidates = sample(run, student, items, state.round + 1)   # K an item, ids kept
             scores = score(run, verifier, items, candidates)            # [0, 1] or None
             pairs, counts = make_pairs(run, items, candidates, scores, state.round + 1)
-            counts |= right_way(pairs, items)                           # reads labels, for the log
+            counts |= pair_directions(pairs, items)                     # reads labels, for the log
             state.rounds.append(counts)
             state.fresh = with_reference_logps(run, student, pairs, splits.by_id)
             replay.add(state.fresh)                                     # margins >= tau only

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from eval import Answer, judge_report
-from gate import Figure, clustered_ratio
-from gate import _text as format_figure
+from gate import Figure, clustered_ratio, format_figure
 from loop.judgments import BothOrders, Judgment, kept_judgments
 from tasks.rewardbench import Comparison
 

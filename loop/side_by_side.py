@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from eval import Answer
-from gate import explain_change
 from loop.asking import verdicts
+from loop.diagnosis import explain_change
 from loop.run import Run
 from model import VLM
 from tasks import Item

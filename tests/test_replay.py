@@ -4,8 +4,6 @@ from __future__ import annotations
 import ast
 import math
 import random
-import runpy
-import sys
 from collections import Counter
 from pathlib import Path
 from statistics import fmean, pvariance
@@ -307,40 +305,3 @@ def test_no_fresh_pairs_no_steps() -> None:
 def test_bad_ratio(ratio: float) -> None:
     with pytest.raises(ValueError, match=str(ratio)):
         batches(buffer(3), ratio=ratio)
-
-
-# ---- what goes elsewhere alone
-
-TASKS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tasks").glob("*.py"))
-ALLOWED = {"dpo.py": {"torch"}, "replay.py": set(), "verifier.py": set(), "gate.py": set(),
-           **dict.fromkeys(["eval.py", *TASKS], {"numpy", "PIL", "verifier", "tasks"})}
-# Imported inside functions, where they are needed: optional packages, and what a command line puts together
-WITHIN = {"gate.py": {"loop", "replay", "tasks", "verifier"}, "eval.py": {"gate", "torch", "model", "tqdm"},
-          "tasks/loading.py": {"pyarrow"}}
-
-
-def imported(node: ast.AST, functions: bool) -> set[str]:
-    """The packages that a file imports; without `functions`, when it is imported itself."""
-    if isinstance(node, ast.ImportFrom):
-        assert not node.level, "a relative import"
-        return {node.module.partition(".")[0]}
-    if isinstance(node, ast.Import):
-        return {alias.name.partition(".")[0] for alias in node.names}
-    if isinstance(node, (ast.FunctionDef, ast.Lambda)) and not functions:
-        return set()
-    return set().union(*(imported(child, functions) for child in ast.iter_child_nodes(node)))
-
-
-@pytest.mark.parametrize("name", ALLOWED)
-def test_imports(name: str) -> None:
-    tree = ast.parse((ROOT / name).read_text())
-    assert imported(tree, functions=False) - sys.stdlib_module_names <= ALLOWED[name]
-    assert imported(tree, functions=True) - sys.stdlib_module_names <= ALLOWED[name] | WITHIN.get(name, set())
-
-
-@pytest.mark.parametrize("name", ["replay", "verifier", "gate"])
-def test_runs_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for other in {"dpo", "replay", "verifier", "gate", "eval", "train", "tasks", "model", "torch", "numpy", "PIL",
-                  "tokenizers", "safetensors", "tqdm"} - {name}:
-        monkeypatch.setitem(sys.modules, other, None)                   # importing it is an error
-    assert runpy.run_path(str(ROOT / f"{name}.py"), run_name=name)["__doc__"]

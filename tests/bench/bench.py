@@ -1,4 +1,6 @@
-"""Speed and memory beside what one would use instead: python tests/bench/bench.py [--json FILE] [--lines NAME ...] [--quick]
+"""Speed and memory beside what one would use instead.
+
+    python tests/bench/bench.py [--json FILE] [--lines NAME ...] [--quick]
 
     line              ours                                              the peer
     dpo_step          reference once a pair, then two steps over it     TRL's DPOTrainer, checkpointing off, two epochs
@@ -48,9 +50,9 @@ import torch
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
-import bench_peers  # noqa: E402
-import train  # noqa: E402
-from bench_peers import (  # noqa: E402
+import bench_peers
+import train
+from bench_peers import (
     RATE,
     SIZES,
     Figures,
@@ -66,18 +68,18 @@ from bench_peers import (  # noqa: E402
     unresized,
     write_checkpoint,
 )
-from dpo import sequence_logps  # noqa: E402
-from eval import make_item  # noqa: E402
+from dpo import sequence_logps
+from eval import make_item
 from eval import score as exact_match
-from loop.optimise import load_trainable, make_optimiser  # noqa: E402
+from loop.optimise import load_trainable, make_optimiser
 from loop.ranks import Ranks
-from loop.run import Run  # noqa: E402
-from model import FAMILIES, VLM, generate, load_vlm, next_digits  # noqa: E402
-from model.checkpoint import load_weights, read_settings  # noqa: E402
-from model.vlm import FeatureCache  # noqa: E402
-from replay import Pair  # noqa: E402
-from tasks import Item  # noqa: E402
-from verifier import REPLIES, expected_scores, score_candidates  # noqa: E402
+from loop.run import Run
+from model import FAMILIES, VLM, generate, load_vlm, next_digits
+from model.checkpoint import load_weights, read_settings
+from model.vlm import FeatureCache
+from replay import Pair
+from tasks import Item
+from verifier import REPLIES, expected_scores, score_candidates
 
 ALLOCATOR = "mmap_threshold=8589934592 trim_threshold=17179869184 top_pad=268435456"
 
@@ -111,7 +113,9 @@ def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
                        micro_batch=size.batch, lr=RATE, warmup_steps=0)
     run = Run(cfg, Ranks(size.device))
     student = load_trainable(str(folder), cfg, run.ranks.device)
-    optimiser, state, items, pairs = make_optimiser(student, cfg.lr, cfg.weight_decay), train.State(), {}, []
+    optimiser = make_optimiser(student, cfg.lr, cfg.weight_decay)
+    items: dict[str, Item] = {}
+    pairs: list[Pair] = []
     for i, (image, text) in enumerate(questions(size, size.pairs)):
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
@@ -124,8 +128,8 @@ def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
     def work() -> None:
         student.feature_cache = FeatureCache(1 << 32)
         found[:] = train.with_reference_logps(run, student, pairs, items)
-        for start in [*range(0, size.pairs, size.batch)] * 2:
-            train.train_step(run, student, optimiser, found[start:start + size.batch], items, state)
+        for step, start in enumerate([*range(0, size.pairs, size.batch)] * 2, 1):
+            train.train_step(run, student, optimiser, found[start:start + size.batch], items, step)
     figures = meter.run(work, 2 * size.pairs, count_flops=True, dtype=str(dtype))
     tokens = statistics.mean(2 * p.row_tokens - len(p.chosen) - len(p.rejected) for p in found)
     return figures | {"tokens": tokens, "check": [statistics.mean(getattr(p, f"reference_{side}_logp") for p in found)

@@ -1,4 +1,4 @@
-"""What tests/bench/bench.py gives to both sides (a checkpoint, pictures, texts, a stopwatch), and the peers' sides of it.
+"""What bench.py gives to both sides (a checkpoint, pictures, texts, a stopwatch), and the peers' sides of it.
 
 The peers are run as their documentation shows, with their own defaults, apart from what makes the two sides do the
 same: no gradient checkpointing, no truncation, the whole vocabulary sampled, the vision tower frozen.

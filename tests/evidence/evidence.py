@@ -1,6 +1,6 @@
 """The evidence behind the gates: many runs of the loop with --force, and how each rule would have called them.
 
-    python tests/evidence/evidence.py               models, runs, simulation, report; stopped and called again, it goes on
+    python tests/evidence/evidence.py               models, runs, simulation, report; called again, it goes on
     python tests/evidence/evidence.py --report      table.md and the pictures once more, from the committed runs.jsonl
     python tests/evidence/evidence.py --quick       a toy version of everything in a minute, into a temporary folder
 
@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -36,20 +36,25 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "gate")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
-from evidence_report import Row, read_runs, write_report  # noqa: E402
-from tasks.flags import check_ranges, flag, parse_flags  # noqa: E402
-from tasks.jsonl import write_whole  # noqa: E402
+from evidence_report import write_report
+from evidence_rules import Row, read_runs
+from tasks.flags import check_ranges, flag, parse_flags
+from tasks.jsonl import write_whole
 
 TINY = ROOT / "model" / "tiny"
 MEASURES = ("baseline_accuracy", "rubric_accuracy", "balanced_accuracy", "accept_rate", "parse_rate", "direction",
             "mixed_share", "pick_lift", "own_answer_accuracy", "greedy_accuracy")
-# name -> the checkpoint of make_tiny.py, and what it is trained with besides the defaults
+# name -> the checkpoint of make_tiny.py, and the flags it is trained with
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "student": ("student", ()), "student-weak": ("student", ("--student-steps", "60")),
-    "verifier-0": ("verifier-0", ()), "verifier-50": ("verifier-50", ()), "verifier": ("verifier", ()),
-    "verifier-early": ("verifier-0", ("--verdict-steps", "200"))}
+    "student": ("student", ()),
+    "student-weak": ("student", ("--student-steps", "60")),
+    "verifier-0": ("verifier-0", ()),
+    "verifier-50": ("verifier-50", ()),
+    "verifier": ("verifier", ()),
+    "verifier-early": ("verifier-0", ("--verdict-steps", "200")),
+}
 VERIFIERS = ("verifier-0", "verifier-50", "verifier", "verifier-early")
 
 
@@ -67,7 +72,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Setting:
-    """What tells one run from another."""
+    """What one run differs in from another."""
     task: str
     verifier: str                                       # of MODELS
     verifier_seed: int
@@ -83,37 +88,52 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which runs, and of what size."""
+    """Which runs, and how large everything is."""
     settings: tuple[Setting, ...]
     make: tuple[str, ...]                               # flags of make_tiny.py
     loop: dict[str, int]                                # fields of train.Config
-    data_sets: int                                      # simulated, of each kind
-    truth_items: int                                    # of the data set that stands for the truth
+    data_sets: int                                      # simulated ones of each kind
+    truth_items: int                                    # items of the data set that stands for the truth
 
 
 def whole_plan() -> Plan:
     """Student 0 meets all verifiers, students 1 to 4 one of each kind; expected scores with the margin gate on and off,
     decoded ones, of which tau drops next to none, with it on."""
-    all_seeds, one_each = [(0, 0), (0, 1), (0, 2)], [(1, 1), (2, 2), (3, 0), (4, 1)]        # of student and verifier
-
-    def grid(student: str, seeds: list[tuple[int, int]], verdict: str, tau: float) -> Iterable[Setting]:
-        for (mine, other), task, verifier in product(seeds, ("bar", "red"), VERIFIERS):
-            yield Setting(task, verifier, other, student, mine, verdict, tau)
-    settings = (*grid("student", all_seeds + one_each, "logits", 0.5), *grid("student", all_seeds, "logits", 0.0),
-                *grid("student-weak", all_seeds, "json", 0.5), *grid("student", all_seeds, "json", 0.5),
-                *grid("student", one_each, "logits", 0.0))
+    all_seeds = [(0, 0), (0, 1), (0, 2)]                # of the student and of the verifier
+    one_each = [(1, 1), (2, 2), (3, 0), (4, 1)]
+    settings = (
+        *grid("student", all_seeds + one_each, "logits", 0.5),
+        *grid("student", all_seeds, "logits", 0.0),
+        *grid("student-weak", all_seeds, "json", 0.5),
+        *grid("student", all_seeds, "json", 0.5),
+        *grid("student", one_each, "logits", 0.0),
+    )
     loop = {"watch_items": 100, "trained_on_items": 100, "eval_every": 60, "save_every": 1000}
-    return Plan(settings, (), loop, 1000, 20_000)
+    return Plan(settings, make=(), loop=loop, data_sets=1000, truth_items=20_000)
+
+
+def grid(student: str, seeds: list[tuple[int, int]], verdict: str, tau: float) -> Iterator[Setting]:
+    """The settings of a student on both tasks with every verifier, for each pair of seeds."""
+    for (student_seed, verifier_seed), task, verifier in product(seeds, ("bar", "red"), VERIFIERS):
+        yield Setting(
+            task=task,
+            verifier=verifier,
+            verifier_seed=verifier_seed,
+            student=student,
+            student_seed=student_seed,
+            verdict=verdict,
+            min_margin=tau)
 
 
 def quick_plan() -> Plan:
     """Four runs of two steps on models that have hardly been trained."""
-    settings = (Setting(task, "verifier", seed, "student", 1, "logits", 0.5) for task in ("bar", "red")
-                for seed in range(2))
-    steps = ("--tower-steps", "2", "--student-steps", "2", "--answer-steps", "1", "--verdict-steps", "1")
+    settings = []
+    for task, verifier_seed in product(("bar", "red"), range(2)):
+        settings.append(Setting(task, "verifier", verifier_seed, "student", 1, "logits", 0.5))
+    make = ("--tower-steps", "2", "--student-steps", "2", "--answer-steps", "1", "--verdict-steps", "1")
     loop = {"gate_items": 12, "watch_items": 8, "held_out_items": 40, "trained_on_items": 4, "rounds": 1,
             "items_per_round": 40, "steps_per_round": 2, "min_pairs": 1}
-    return Plan(tuple(settings), steps, loop, 10, 200)
+    return Plan(tuple(settings), make=make, loop=loop, data_sets=10, truth_items=200)
 
 
 def main() -> int:
@@ -127,20 +147,23 @@ def main() -> int:
 def run(cfg: Config, plan: Plan) -> int:
     """Make what is missing, then the report."""
     results = Path(cfg.results)
-    runs, coverage = results / "runs.jsonl", results / "coverage.json"
+    runs_path = results / "runs.jsonl"
+    coverage_path = results / "coverage.json"
     if not cfg.report:
         results.mkdir(parents=True, exist_ok=True)
-        done = {row_key(row) for row in read_runs(runs)}
+        done = {row_key(row) for row in read_runs(runs_path)}
         missing = [setting for setting in plan.settings if row_key(asdict(setting)) not in done]
         make_models(cfg, plan, missing)
-        make_runs(cfg, plan, missing, runs)
-        if not coverage.is_file():
-            simulate(cfg, plan, coverage)
-    rows, found = read_runs(runs), json.loads(coverage.read_text(encoding="utf-8")) if coverage.is_file() else None
+        make_runs(cfg, plan, missing, runs_path)
+        if not coverage_path.is_file():
+            simulate(cfg, plan, coverage_path)
+
+    rows = read_runs(runs_path)
     if not rows:
-        print(f"evidence.py: there are no runs in {runs}", file=sys.stderr)
+        print(f"evidence.py: there are no runs in {runs_path}", file=sys.stderr)
         return 1
-    print(write_report(rows, found, results))
+    coverage = json.loads(coverage_path.read_text(encoding="utf-8")) if coverage_path.is_file() else None
+    print(write_report(rows, coverage, results))
     return 0
 
 
@@ -153,28 +176,41 @@ def row_key(row: Row) -> tuple:
 
 def model_folder(cfg: Config, name: str, seed: int) -> Path:
     """Where a checkpoint lies: those of seed 0 that model/tiny ships there, the others in the work folder."""
-    made, flags = MODELS[name]
-    return TINY / made if seed == 0 and not flags else Path(cfg.work) / "models" / f"{name}-seed-{seed}" / made
+    checkpoint, flags = MODELS[name]
+    if seed == 0 and not flags:
+        return TINY / checkpoint
+    return Path(cfg.work) / "models" / f"{name}-seed-{seed}" / checkpoint
 
 
 def needed_models(settings: Iterable[Setting]) -> list[tuple[str, int]]:
     """Name and seed of every model that these runs take."""
-    return list(dict.fromkeys(pair for s in settings
-                              for pair in ((s.verifier, s.verifier_seed), (s.student, s.student_seed))))
+    needed: dict[tuple[str, int], None] = {}            # an ordered set
+    for setting in settings:
+        needed[setting.verifier, setting.verifier_seed] = None
+        needed[setting.student, setting.student_seed] = None
+    return list(needed)
 
 
 def make_models(cfg: Config, plan: Plan, settings: Iterable[Setting]) -> None:
     """Train the checkpoints that are needed and not there, each in a process of its own."""
-    def make(name: str, seed: int) -> None:
-        folder = model_folder(cfg, name, seed)
-        words = ["--only", folder.name, "--seed", str(seed), "--out", str(folder.parent), *MODELS[name][1], *plan.make]
-        subprocess.run([sys.executable, "-m", "loop.make_tiny", *words], check=True, cwd=ROOT, env=one_thread(),
-                       stdout=subprocess.DEVNULL)
-        print(f"made {folder}", flush=True)
     with ThreadPoolExecutor(cfg.workers) as pool:
-        for job in [pool.submit(make, *pair) for pair in needed_models(settings)
-                    if not model_folder(cfg, *pair).exists()]:
-            job.result()
+        jobs = []
+        for name, seed in needed_models(settings):
+            if not model_folder(cfg, name, seed).exists():
+                jobs.append(pool.submit(make_model, cfg, plan, name, seed))
+        for job in jobs:
+            job.result()                                # raises what went wrong
+
+
+def make_model(cfg: Config, plan: Plan, name: str, seed: int) -> None:
+    """Train one checkpoint."""
+    _, flags = MODELS[name]
+    folder = model_folder(cfg, name, seed)
+    words = ["--only", folder.name, "--seed", str(seed), "--out", str(folder.parent), *flags, *plan.make]
+    subprocess.run(
+        [sys.executable, "-m", "loop.make_tiny", *words], check=True, cwd=ROOT, env=one_thread(),
+        stdout=subprocess.DEVNULL)
+    print(f"made {folder}", flush=True)
 
 
 def one_thread() -> dict[str, str]:
@@ -187,16 +223,19 @@ def one_thread() -> dict[str, str]:
 def make_runs(cfg: Config, plan: Plan, settings: Sequence[Setting], path: Path) -> None:
     """Train with each setting; the file is written anew, whole, as soon as a run has ended."""
     os.environ |= one_thread()                          # for the workers, which import torch
-    start, rows = perf_counter(), read_runs(path)
+    start = perf_counter()
+    rows = read_runs(path)
     with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), begin_worker) as pool:
         jobs = [pool.submit(one_run, cfg, plan.loop, setting) for setting in settings]
         try:
             for number, job in enumerate(as_completed(jobs), 1):
                 row = job.result()
                 rows.append(row)
-                write_whole(path, "".join(json.dumps(each) + "\n" for each in sorted(rows, key=row_key)))
-                print(f"run {number} of {len(jobs)}, {perf_counter() - start:.0f} s: {Setting(*row_key(row)).name} "
-                      f"from {row['baseline'][0]:.3f} to {row['final'][0]:.3f}", flush=True)
+                lines = [json.dumps(each) + "\n" for each in sorted(rows, key=row_key)]
+                write_whole(path, "".join(lines))
+                print(
+                    f"run {number} of {len(jobs)}, {perf_counter() - start:.0f} s: {Setting(*row_key(row)).name} "
+                    f"from {row['baseline'][0]:.3f} to {row['final'][0]:.3f}", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -213,17 +252,28 @@ def begin_worker() -> None:
 def one_run(cfg: Config, loop: dict[str, int], setting: Setting) -> Row:
     """Train in this process, and keep of the run's folder nothing but its line. What it printed is kept if it fails."""
     import train
-    folder, start = Path(cfg.work) / "unfinished" / setting.name, perf_counter()
+    start = perf_counter()
+    folder = Path(cfg.work) / "unfinished" / setting.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    flags = train.Config(task=setting.task, force=True, out=str(folder / "run"), seed=setting.student_seed,
-                         student=str(model_folder(cfg, setting.student, setting.student_seed)),
-                         verifier=str(model_folder(cfg, setting.verifier, setting.verifier_seed)),
-                         min_margin=setting.min_margin, verdict=setting.verdict, device="cpu", **loop)
+
+    flags = train.Config(
+        task=setting.task,
+        force=True,
+        out=str(folder / "run"),
+        seed=setting.student_seed,
+        student=str(model_folder(cfg, setting.student, setting.student_seed)),
+        verifier=str(model_folder(cfg, setting.verifier, setting.verifier_seed)),
+        min_margin=setting.min_margin,
+        verdict=setting.verdict,
+        device="cpu",
+        **loop)
     with open(folder / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         with train.Ranks("cpu") as ranks:
             train.main(flags, ranks)
-    row = asdict(setting) | read_summary(folder / "run") | {"seconds": round(perf_counter() - start, 1)}
+
+    seconds = round(perf_counter() - start, 1)
+    row = asdict(setting) | read_summary(folder / "run") | {"seconds": seconds}
     shutil.rmtree(folder)
     return row
 
@@ -231,21 +281,51 @@ def one_run(cfg: Config, loop: dict[str, int], setting: Setting) -> Row:
 def read_summary(folder: Path) -> Row:
     """What a line of runs.jsonl keeps of a run's summary.json; a figure becomes [value, low, high, n]."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    before, after, rounds = summary["pre_gate"], summary["post_gate"], summary["rounds"]
-    answers = [json.loads(line) for line in (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    before = summary["pre_gate"]
+    after = summary["post_gate"]
+    rounds = []
+    for counts in summary["rounds"]:
+        rounds.append([counts[name] for name in ("pairs", "above_margin", "mixed", "right_way")])
+    by_margin = []
+    for entry in before["direction_by_margin"]:
+        q = short_figure(entry["direction"])[0]
+        by_margin.append([entry["min_margin"], q, entry["mixed"], entry["pairs"]])
+    return {
+        "gate": before["verdict"],
+        "published_gate": before["published_verdict"],
+        "gate_after": after["verdict"],
+        "baseline": short_figure(after["baseline_accuracy"]),
+        "final": short_figure(after["final_accuracy"]),
+        "change": short_figure(after["difference"]),
+        "parsed": count_parsed(folder / "held_out.jsonl"),
+        "loss_first": rounded(summary["loss_first"]),
+        "loss_last": rounded(summary["loss_last"]),
+        "diagnosis": after["diagnosis"],
+        "steps": summary["steps"],
+        "warnings": len(summary["warnings"]),
+        "rounds": rounds,
+        "measures": {name: short_figure(before[name]) for name in MEASURES},
+        "by_margin": by_margin,
+    }
 
-    def figure(found: dict[str, Any]) -> list[float]:
-        return [round(v, 4) if isinstance(v, float) else v for v in (found[k] for k in ("value", "low", "high", "n"))]
-    return {"gate": before["verdict"], "published_gate": before["published_verdict"], "gate_after": after["verdict"],
-            "baseline": figure(after["baseline_accuracy"]), "final": figure(after["final_accuracy"]),
-            "change": figure(after["difference"]),
-            "parsed": [sum(a[side]["answer"] is not None for a in answers) for side in ("frozen", "trained")],
-            **{name: summary[name] and round(summary[name], 4) for name in ("loss_first", "loss_last")},
-            "diagnosis": after["diagnosis"], "steps": summary["steps"], "warnings": len(summary["warnings"]),
-            "rounds": [[r[name] for name in ("pairs", "above_margin", "mixed", "right_way")] for r in rounds],
-            "measures": {name: figure(before[name]) for name in MEASURES},
-            "by_margin": [[each["min_margin"], figure(each["direction"])[0], each["mixed"], each["pairs"]]
-                          for each in before["direction_by_margin"]]}
+
+def short_figure(figure: dict[str, Any]) -> list[float | None]:
+    """[value, low, high, n] of a figure, to four decimals."""
+    return [rounded(figure[name]) for name in ("value", "low", "high", "n")]
+
+
+def rounded(value: float | None) -> float | None:
+    """Four decimals of a float; None and whole numbers as they are."""
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def count_parsed(path: Path) -> list[int]:
+    """How many held-out answers could be read, of the frozen student's and of the trained one's."""
+    answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    counts = []
+    for side in ("frozen", "trained"):
+        counts.append(sum(answer[side]["answer"] is not None for answer in answers))
+    return counts
 
 
 # ---- simulation
@@ -254,8 +334,8 @@ def simulate(cfg: Config, plan: Plan, path: Path) -> None:
     """Write coverage.json, whole or not at all."""
     import evidence_simulate
     with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn")) as pool:
-        found = evidence_simulate.simulate(plan.data_sets, plan.truth_items, pool)
-    write_whole(path, json.dumps(found, indent=1) + "\n")
+        coverage = evidence_simulate.simulate(plan.data_sets, plan.truth_items, pool)
+    write_whole(path, json.dumps(coverage, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How often gate.py's 95 % intervals hold the truth, over simulated data sets whose candidates cluster by item.
 
-The data sets are those of tests/test_gate.py: students whose accuracy varies between items, verifiers of known nature.
-The truth of a measure is its value over many more items.
+The data sets are those of tests/helpers/gate_data.py: students whose accuracy varies between items, verifiers of known
+nature. The truth of a measure is its value over many more items.
 """
 from __future__ import annotations
 
@@ -13,80 +13,147 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import test_gate
 
-from gate import MIN_DIRECTION, NEEDED_MIXED, clustered_ratio, measure, paired_difference, proportion
+import gate_data
+from gate import MIN_DIRECTION, NEEDED_MIXED, Figure, clustered_ratio, measure, paired_difference, proportion
 from replay import select_pair
 
-VERIFIERS = ("good", "coin", "rejecting_coin", "confidently_wrong")         # of tests/test_gate.py
+VERIFIERS = ("good", "coin", "rejecting_coin", "confidently_wrong")         # of gate_data.py
 STUDENTS = (0.18, 0.5)                                                      # their accuracies
 ITEMS = (50, 200)
 MEASURES = ("baseline_accuracy", "rubric_accuracy", "balanced_accuracy", "accept_rate", "direction", "mixed_share",
             "pick_lift")
-RATIOS = [(items, p, icc) for items in (20, 50, 200) for p in (0.05, 0.2, 0.5, 0.7) for icc in (0.0, 0.3, 0.6, 1.0)]
-CHANGES = [(items, fall, rise) for items in (50, 200, 500) for fall, rise in ((0.1, 0.2), (0.3, 0.1), (0.02, 0.06),
-                                                                              (0.05, 0.05), (0.0, 0.02))]
-SHARES = [(n, p) for n in (5, 20, 60, 200) for p in (0.03, 0.2, 0.5, 0.77)]
-MIXED = (NEEDED_MIXED, 400)
+MIXED = (NEEDED_MIXED, 400)                             # numbers of mixed pairs, from and to
+
+Draw = Callable[..., tuple[Figure, float]]              # (rng, *cell) -> a data set's figure, and the truth
+Cells = list[tuple[Any, ...]]
 
 
 def simulate(data_sets: int, truth_items: int, pool: Executor) -> dict[str, Any]:
     """Coverage of every interval by its name and the kind of data set; the direction condition's error rates."""
-    kinds = [(verifier, student, items) for verifier in VERIFIERS for student in STUDENTS for items in ITEMS]
+    kinds = gate_kinds()
     gates = pool.map(partial(gate_coverage, data_sets=data_sets, truth_items=truth_items), kinds)
-    found: dict[str, dict[str, float]] = {}
-    for name, draw, cells in (("clustered_ratio (items, rate, correlation)", draw_ratio, RATIOS),
-                              ("paired_difference (items, fall, rise)", draw_change, CHANGES),
-                              ("proportion (trials, rate)", draw_share, SHARES)):
-        found[name] = dict(zip(map(str, cells), pool.map(partial(coverage, draw, data_sets=data_sets), cells)))
+
+    intervals: dict[str, dict[str, float]] = {}
+    for name, draw, cells in (
+            ("clustered_ratio (items, rate, correlation)", draw_ratio, ratio_cells()),
+            ("paired_difference (items, fall, rise)", draw_change, change_cells()),
+            ("proportion (trials, rate)", draw_share, share_cells())):
+        shares = pool.map(partial(coverage, draw, data_sets=data_sets), cells)
+        intervals[name] = dict(zip(map(str, cells), shares))
+
     for kind, covered in zip(kinds, gates):
-        for name, figure in covered.items():
-            found.setdefault(f"{name} (verifier, student, items)", {})[str(kind)] = figure
-    return {"data_sets": data_sets, "intervals": dict(sorted(found.items())), "direction": direction_errors()}
+        for measure_name, share in covered.items():
+            name = f"{measure_name} (verifier, student, items)"
+            intervals.setdefault(name, {})[str(kind)] = share
+    return {"data_sets": data_sets, "intervals": dict(sorted(intervals.items())), "direction": direction_errors()}
+
+
+# ---- the gate's measures
+
+def gate_kinds() -> list[tuple[str, float, int]]:
+    """Verifier, student's accuracy and number of items of every kind of data set."""
+    kinds = []
+    for verifier in VERIFIERS:
+        for student in STUDENTS:
+            kinds += [(verifier, student, items) for items in ITEMS]
+    return kinds
 
 
 def gate_coverage(kind: tuple[str, float, int], data_sets: int, truth_items: int) -> dict[str, float]:
     """Coverage of each of MEASURES, as `gate.py` takes them from records."""
     name, accuracy, items = kind
-    verifier = getattr(test_gate, name)
-
-    def measured(seed: int, items: int) -> dict[str, Any]:
-        return measure(test_gate.records_of(verifier, seed, items, accuracy), select_pair, 0.5)
-    truth, covered = measured(data_sets, truth_items), dict.fromkeys(MEASURES, 0)
+    verifier = getattr(gate_data, name)
+    truth = measured(verifier, data_sets, truth_items, accuracy)
+    covered = dict.fromkeys(MEASURES, 0)
     for seed in range(data_sets):
-        figures = measured(seed, items)
-        for each in MEASURES:
-            covered[each] += test_gate.inside(figures[each], truth[each]["value"])
-    return {each: count / data_sets for each, count in covered.items()}
+        figures = measured(verifier, seed, items, accuracy)
+        for name in MEASURES:
+            if gate_data.inside(figures[name], truth[name]["value"]):
+                covered[name] += 1
+    return {name: count / data_sets for name, count in covered.items()}
 
 
-def coverage(draw: Callable[..., tuple[dict[str, Any], float]], cell: tuple, data_sets: int) -> float:
-    """Share of the data sets in which the figure's interval holds the truth; `draw` returns both."""
+def measured(verifier: gate_data.Verifier, seed: int, items: int, accuracy: float) -> dict[str, Any]:
+    """The measures of one data set."""
+    records = gate_data.records_of(verifier, seed, items, accuracy)
+    return measure(records, select_pair, 0.5)
+
+
+# ---- single intervals
+
+def coverage(draw: Draw, cell: tuple[Any, ...], data_sets: int) -> float:
+    """Share of the data sets in which the figure's interval holds the truth."""
     rng = np.random.default_rng(0)
-    return sum(test_gate.inside(*draw(rng, *cell)) for _ in range(data_sets)) / data_sets
+    covered = 0
+    for _ in range(data_sets):
+        figure, truth = draw(rng, *cell)
+        if gate_data.inside(figure, truth):
+            covered += 1
+    return covered / data_sets
 
 
-def draw_ratio(rng: np.random.Generator, items: int, p: float, icc: float) -> tuple[dict[str, Any], float]:
-    return clustered_ratio(test_gate.clusters(rng, items, p, icc)), p
+def ratio_cells() -> Cells:
+    """Items, rate, intraclass correlation."""
+    cells: Cells = []
+    for items in (20, 50, 200):
+        for rate in (0.05, 0.2, 0.5, 0.7):
+            cells += [(items, rate, correlation) for correlation in (0.0, 0.3, 0.6, 1.0)]
+    return cells
 
 
-def draw_change(rng: np.random.Generator, items: int, fall: float, rise: float) -> tuple[dict[str, Any], float]:
-    """Items that fell, rose, stayed right, stayed wrong."""
-    what = rng.choice(4, items, p=(fall, rise, 0.3, 0.7 - fall - rise))
-    before, after = ((what == changed) | (what == 2) for changed in (0, 1))
+def draw_ratio(rng: np.random.Generator, items: int, p: float, icc: float) -> tuple[Figure, float]:
+    return clustered_ratio(gate_data.clusters(rng, items, p, icc)), p
+
+
+def change_cells() -> Cells:
+    """Items, share that falls, share that rises."""
+    changes = ((0.1, 0.2), (0.3, 0.1), (0.02, 0.06), (0.05, 0.05), (0.0, 0.02))
+    cells: Cells = []
+    for items in (50, 200, 500):
+        cells += [(items, fall, rise) for fall, rise in changes]
+    return cells
+
+
+def draw_change(rng: np.random.Generator, items: int, fall: float, rise: float) -> tuple[Figure, float]:
+    """Items that fell (0), rose (1), stayed right (2), stayed wrong (3)."""
+    fate = rng.choice(4, items, p=(fall, rise, 0.3, 0.7 - fall - rise))
+    before = (fate == 0) | (fate == 2)
+    after = (fate == 1) | (fate == 2)
     return paired_difference(before.tolist(), after.tolist()), rise - fall
 
 
-def draw_share(rng: np.random.Generator, n: int, p: float) -> tuple[dict[str, Any], float]:
-    """Independent trials: the exact interval covers at least 95 %, and more where n p is small."""
-    return proportion(int(rng.binomial(n, p)), n), p
+def share_cells() -> Cells:
+    """Trials, rate."""
+    cells: Cells = []
+    for trials in (5, 20, 60, 200):
+        cells += [(trials, rate) for rate in (0.03, 0.2, 0.5, 0.77)]
+    return cells
 
+
+def draw_share(rng: np.random.Generator, n: int, p: float) -> tuple[Figure, float]:
+    """Independent trials: the exact interval covers at least 95 %, and more where n p is small."""
+    successes = int(rng.binomial(n, p))
+    return proportion(successes, n), p
+
+
+# ---- the direction condition
 
 def direction_errors() -> dict[str, Any]:
     """How often the direction condition passes, over all numbers of mixed pairs in MIXED; sums, not simulation."""
-    def passes(n: int, q: float) -> float:
-        least = bisect_left(range(n + 1), True, key=lambda k: proportion(k, n)["low"] > MIN_DIRECTION)
-        return sum(math.comb(n, k) * q ** k * (1 - q) ** (n - k) for k in range(least, n + 1))
-    numbers = range(MIXED[0], MIXED[1] + 1)
-    return {"mixed_pairs": list(MIXED), "most_at_0.5": max(passes(n, 0.5) for n in numbers),
-            "least_at_0.8": min(passes(n, 0.8) for n in numbers)}
+    first, last = MIXED
+    numbers = range(first, last + 1)
+    return {
+        "mixed_pairs": [first, last],
+        "most_at_0.5": max(passing_chance(n, 0.5) for n in numbers),
+        "least_at_0.8": min(passing_chance(n, 0.8) for n in numbers),
+    }
+
+
+def passing_chance(n: int, q: float) -> float:
+    """The chance that n mixed pairs show the direction, where each points the right way with probability q."""
+    def shown(right_way: int) -> bool:
+        return proportion(right_way, n)["low"] > MIN_DIRECTION
+    least = bisect_left(range(n + 1), True, key=shown)
+    terms = [math.comb(n, k) * q ** k * (1 - q) ** (n - k) for k in range(least, n + 1)]
+    return sum(terms)

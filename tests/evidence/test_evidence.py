@@ -11,7 +11,8 @@ import pytest
 import evidence
 import evidence_report
 from evidence import Config, Plan, Setting
-from evidence_report import OURS, RULES, allows, choose_thresholds, outcome, read_runs, report_text, rule_table
+from evidence_report import report_text, rule_table
+from evidence_rules import DEFAULTS, OURS, RULES, allows, choose_thresholds, outcome, read_runs
 from gate import clustered_ratio
 
 COMMITTED = evidence.RESULTS
@@ -59,8 +60,8 @@ def test_outcome() -> None:
     ({"agreement": 0.5, "own": 0.5, "low": 0.5}, []), ({"agreement": 0.1, "low": 0.2}, [AGREES, LOW])])
 def test_rules(figures: dict[str, float], blocked: list[str]) -> None:
     run = row(**figures)
-    assert [rule for rule in RULES if not allows(rule, run, evidence_report.DEFAULTS)] == blocked
-    assert allows(OURS, run, evidence_report.DEFAULTS) is not bool(blocked)
+    assert [rule for rule in RULES if not allows(rule, run, DEFAULTS)] == blocked
+    assert allows(OURS, run, DEFAULTS) is not bool(blocked)
 
 
 def test_chosen_thresholds() -> None:
@@ -74,14 +75,14 @@ def test_share_counts_verifiers() -> None:
     rows = [row(verifier_seed=seed, student_seed=student, own=0.9 if seed else 0.1) for seed in range(4)
             for student in range(5)]
     figure = clustered_ratio([(0, 5), (5, 5), (5, 5), (5, 5)])
-    text = evidence_report.share(rows, lambda r: allows(OWN, r, evidence_report.DEFAULTS))
+    text = evidence_report.share(rows, lambda r: allows(OWN, r, DEFAULTS))
     assert text == f"15 of 20 [{figure['low']:.2f}, {figure['high']:.2f}]" and figure["low"] < 0.3
     assert evidence_report.share([], bool) == "0 of 0"
 
 
 def test_rule_table() -> None:
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in rule_table(grid(), evidence_report.DEFAULTS).splitlines()[2:]]
+             for line in rule_table(grid(), DEFAULTS).splitlines()[2:]]
     found = {name: [cell.split(" [")[0] for cell in cells] for name, _, *cells in lines}
     assert found == {AGREES: ["12 of 12", "0 of 24", "12 of 12"], OWN: ["0 of 12", "0 of 24", "12 of 12"],
                      LOW: ["12 of 12", "0 of 24", "0 of 12"], OURS: ["0 of 12", "0 of 24", "0 of 12"]}
@@ -143,7 +144,7 @@ def test_committed_report() -> None:
     assert (COMMITTED / "table.md").read_text(encoding="utf-8") == report_text(rows, coverage)
     for each in rows:
         for rule, name in ((AGREES, "published_gate"), (OURS, "gate")):
-            assert allows(rule, each, evidence_report.DEFAULTS) is (each[name] == "PASS")
+            assert allows(rule, each, DEFAULTS) is (each[name] == "PASS")
     settings = {evidence.row_key(asdict(setting)) for setting in evidence.whole_plan().settings}
     assert {evidence.row_key(each) for each in rows} == settings and len(rows) == len(settings)
     assert all(path.stat().st_size < 150_000 for path in COMMITTED.glob("*.png"))

@@ -1,6 +1,7 @@
 """The demo on a small scale, by its command; its table and its picture, from made figures too."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -202,7 +203,7 @@ def test_text_plot() -> None:
     assert {(0, 9), (39, 0)} <= set(marks["A"]) and len(marks["A"]) == 3
     falling = sorted(marks["l"])
     assert falling[0][1] == 0 and max(y for _, y in falling) == 9 and len(falling) > 20
-    assert all(a[1] <= b[1] for a, b in zip(falling, falling[1:]))
+    assert all(a[1] <= b[1] for a, b in itertools.pairwise(falling))
     assert loss == "l DPO loss 0.990 -> 0.420 (drawn from 0.420 to 0.990)"
     assert accuracy == "A accuracy 0.200 -> 0.800 (drawn from 0.200 to 0.800)"
 

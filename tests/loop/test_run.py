@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from loop.ranks import Interrupted, LostRank, Ranks, exit_status
-from loop.run import Run, check_same
-from loop.run import write_json
+from loop.run import Run, check_same, write_json
 from model.checkpoint import folder_digest, whole_folder
 
 

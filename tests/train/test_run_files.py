@@ -10,7 +10,8 @@ import torch
 import train
 from dpo import METRICS
 from eval import score
-from gate import explain_change, proportion
+from gate import proportion
+from loop.diagnosis import explain_change
 from loop.optimise import learning_rate
 from model import generate, load_vlm
 from replay import Pair

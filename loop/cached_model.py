@@ -1,0 +1,276 @@
+"""A model whose answers are kept on disk: what was asked once is not asked again, and costs are kept with verdicts.
+
+There is one file for every `batch_size` items. Its name is the digest of all that the answers depend on: the model's
+files, the items and their pictures, how it was asked, what computed it. So one more verifier costs its own scoring
+alone, and an interrupted survey goes on where it stopped. A file that is damaged, or that holds something else than
+its name says, is not believed: what belongs there is asked for again.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from model import generate, load_vlm, next_digits
+from model.checkpoint import folder_digest, resolve_folder
+from model.processor import Chat
+from model.vlm import VLM, pick_device
+from tasks import Item
+from tasks.jsonl import Response, write_whole
+from verifier import REPLIES, VERDICTS, Score
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """How models are asked."""
+    k: int                                              # candidates an item
+    temperature: float                                  # of the candidates; own answers are greedy
+    top_p: float
+    max_new_tokens: int
+    verdict: str                                        # a name of VERDICTS
+    verdict_tokens: int                                 # longest verdict
+    batch_size: int                                     # prompts prefilled together, items in a file of the cache
+    seed: int
+    device: str                                         # "" for cuda where there is one
+
+
+@dataclass(frozen=True)
+class CostedScore(Score):
+    """A verdict with its share of what its batch cost; None where an equal text of the item was asked about before."""
+    seconds: float | None = None                        # wall time
+    tokens: int | None = None                           # of prompts and replies
+
+
+class CachedModel:
+    """A model that is asked only for what the cache does not hold; its weights are loaded at the first such thing."""
+
+    def __init__(self, name: str, cfg: AskConfig, cache: Path):
+        self.name = name
+        self.cfg = cfg
+        self.cache = cache
+        self.folder = resolve_folder(name)
+        self.device = pick_device(cfg.device or None)
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        cache.mkdir(parents=True, exist_ok=True)
+
+        machine: str | int = torch.get_num_threads()
+        if self.device.type == "cuda":
+            machine = torch.cuda.get_device_name(self.device)
+        self.key = {                                    # the part of every file's key that is the model's
+            "model": folder_digest(self.folder),
+            "device": str(self.device),
+            "machine": machine,
+            "torch": torch.__version__,
+            "code": code_digest("model/*.py"),
+            "batch_size": cfg.batch_size,
+        }
+
+    @cached_property
+    def vlm(self) -> VLM:
+        """The model itself, loaded when it is first used."""
+        return load_vlm(self.folder, self.device, self.dtype)
+
+    def forget(self) -> None:
+        """Let go of the weights."""
+        vars(self).pop("vlm", None)
+
+    def greedy(self, items: Sequence[Item]) -> list[Response]:
+        """One greedy answer an item."""
+        rows = self._completions(items, "answers", {"temperature": 0.0})
+        return [answer for [answer] in rows]
+
+    def samples(self, items: Sequence[Item]) -> list[list[Response]]:
+        """`k` sampled answers an item."""
+        cfg = self.cfg
+        sampling = {"n": cfg.k, "temperature": cfg.temperature, "top_p": cfg.top_p, "seed": cfg.seed}
+        return self._completions(items, "samples", sampling)
+
+    def judge(self, items: Sequence[Item], texts: Sequence[list[str]]) -> tuple[list[list[CostedScore]], int]:
+        """The verdicts on every candidate text of every item, and the model's number of parameters.
+
+        The items' answers are not read.
+        """
+        how = {
+            "verdict": self.cfg.verdict,
+            "verdict_tokens": self.cfg.verdict_tokens,
+            "wording": code_digest("verifier.py"),
+        }
+        candidates = list(zip(items, texts, strict=True))
+        batches = self._cached(candidates, candidates_key, f"verdicts ({self.cfg.verdict})", how, self._ask_verdicts)
+
+        verdicts: list[list[CostedScore]] = []
+        for batch in batches:
+            start = len(verdicts)
+            verdicts += share_costs(batch, texts[start:start + len(batch["scores"])])
+        return verdicts, batches[0]["parameters"]
+
+    def _completions(self, items: Sequence[Item], label: str, sampling: dict[str, Any]) -> list[list[Response]]:
+        """What the model says to each item's prompt, as often as `sampling` (arguments of generate) says."""
+        sampling = sampling | {"max_new_tokens": self.cfg.max_new_tokens, "batch_size": self.cfg.batch_size}
+
+        def ask(part: Sequence[Item]) -> list[Any]:
+            return self._ask_completions(part, sampling)
+
+        responses = []
+        for batch in self._cached(items, item_key, label, {"asked": sampling}, ask):
+            for row in batch:
+                responses.append([Response(text, range(tokens), reason) for text, tokens, reason in row])
+        return responses
+
+    def _ask_completions(self, items: Sequence[Item], sampling: dict[str, Any]) -> list[Any]:
+        """Ask for one batch; pictures are opened here. A completion is kept as (text, tokens, finish_reason)."""
+        rows = []
+        for completions in generate(self.vlm, [item.chat() for item in items], **sampling):
+            rows.append([(c.text, len(c.token_ids), c.finish_reason) for c in completions])
+        return rows
+
+    def _ask_verdicts(self, candidates: Sequence[tuple[Item, list[str]]]) -> dict[str, Any]:
+        """Ask for one batch: the scores of these items' candidates, and what they cost together."""
+        parameters = sum(p.numel() for p in self.vlm.parameters())      # loads the model before the clock starts
+        ask = MeteredAsk(self.vlm, self.cfg)
+        chats = [item.chat() for item, _ in candidates]
+        texts = [item_texts for _, item_texts in candidates]
+        rows = []
+        for scores in VERDICTS[self.cfg.verdict](ask, chats, texts):
+            rows.append([(score.value, score.text, score.truncated) for score in scores])
+        return {
+            "scores": rows,
+            "seconds": ask.seconds,
+            "tokens": ask.tokens,
+            "asked": sum(len(set(item_texts)) for item_texts in texts),
+            "parameters": parameters,
+        }
+
+    def _cached(self, things: Sequence[T], thing_key: Callable[[T], Any], label: str, how: dict[str, Any],
+                ask: Callable[[Sequence[T]], Any]) -> list[Any]:
+        """For every batch of `things`: what the cache holds, or else ask(batch), which is kept.
+
+        A file's key is the model's, `how` it is asked, and `thing_key` of everything it is asked about.
+        """
+        size = self.cfg.batch_size
+        values = []
+        with tqdm(total=len(things), desc=f"{self.folder.name}: {label}", unit="item") as bar:
+            for start in range(0, len(things), size):
+                batch = things[start:start + size]
+                key = self.key | how | {"asked about": [thing_key(thing) for thing in batch]}
+                path = self.cache / f"{digest(key)}.json"
+                value = read_answers(path, key)
+                if value is None:
+                    value = write_answers(path, key, ask(batch))
+                values.append(value)
+                bar.update(len(batch))
+        return values
+
+
+class MeteredAsk:
+    """Answers the chats that a way of scoring (of VERDICTS) asks, and adds up the seconds and tokens this takes."""
+
+    def __init__(self, vlm: VLM, cfg: AskConfig):
+        self.vlm = vlm
+        self.cfg = cfg
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def __call__(self, chats: list[Chat]) -> Sequence[Any]:
+        size = self.cfg.batch_size
+        reply_tokens = 0
+        replies: Sequence[Any]
+        started = time.perf_counter()
+        if self.cfg.verdict == "logits":
+            replies = next_digits(self.vlm, chats, REPLIES, batch_size=size)
+        else:
+            completions = generate(
+                self.vlm, chats, temperature=0.0, max_new_tokens=self.cfg.verdict_tokens, batch_size=size)
+            replies = [reply for [reply] in completions]
+            reply_tokens = sum(len(reply.token_ids) for reply in replies)
+        self.seconds += time.perf_counter() - started
+
+        prompts = self.vlm.processor.rows(chats, {})    # counted beside the clock
+        self.tokens += reply_tokens + sum(len(prompt.ids) for prompt in prompts)
+        return replies
+
+
+def share_costs(batch: dict[str, Any], texts: Sequence[Sequence[str]]) -> list[list[CostedScore]]:
+    """The batch's verdicts, each with its share of the batch's cost.
+
+    Equal texts of an item are asked about once: the first carries the share, the others carry none. All shares of the
+    seconds are equal. Tokens are shared as evenly as whole numbers allow, so they add up to the batch's.
+    """
+    seconds = batch["seconds"] / batch["asked"]
+    tokens, left_over = divmod(batch["tokens"], batch["asked"])
+    rows = []
+    shares = 0                                          # that were given
+    for scores, item_texts in zip(batch["scores"], texts, strict=True):
+        row = []
+        for position, (value, text, truncated) in enumerate(scores):
+            verdict = CostedScore(value, text, truncated)
+            if item_texts[position] not in item_texts[:position]:
+                extra = 1 if shares < left_over else 0
+                verdict = replace(verdict, seconds=seconds, tokens=tokens + extra)
+                shares += 1
+            row.append(verdict)
+        rows.append(row)
+    return rows
+
+
+# ---- files and their keys
+
+def read_answers(path: Path, key: dict[str, Any]) -> Any | None:
+    """The value that the file holds for `key`; None where there is none, or it is not what was written."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or content.keys() != {"key", "value", "digest"}:
+        return None
+    if content["key"] != key or content["digest"] != digest([key, content["value"]]):
+        return None
+    return content["value"]
+
+
+def write_answers(path: Path, key: dict[str, Any], value: Any) -> Any:
+    """Keep a value for `key`; returns it as it will be read again: lists for tuples."""
+    value = json.loads(json.dumps(value))
+    content = {"key": key, "value": value, "digest": digest([key, value])}
+    write_whole(path, json.dumps(content))
+    return value
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value as JSON."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def item_key(item: Item) -> list[Any]:
+    """What a model sees of an item: its prompt, and its pictures by the digests of their bytes, in order."""
+    pictures = []
+    for image in item.images:
+        content = image if isinstance(image, bytes) else image.read_bytes()
+        pictures.append(hashlib.sha256(content).hexdigest())
+    return [item.id, list(item.prompt), pictures]
+
+
+def candidates_key(candidates: tuple[Item, list[str]]) -> list[Any]:
+    """What a verifier sees of an item and its candidates."""
+    item, texts = candidates
+    return [item_key(item), texts]
+
+
+def code_digest(pattern: str) -> str:
+    """SHA-256 of the project's files of that name: a model answers anew after the code was edited."""
+    contents = []
+    for path in sorted(ROOT.glob(pattern)):
+        contents.append([path.name, path.read_text(encoding="utf-8")])
+    return digest(contents)
