@@ -111,7 +111,7 @@ def clustered_ratio(pairs: Iterable[tuple[float, float]]) -> Figure:
     Items are independent, the trials within an item are not. So the interval is Wilson's with an
     effective number of trials R (1 - R) / V, at most sum b, and with Student's t. V, the variance
     of R, is m / (m - 1) sum (a - R b)^2 / (sum b)^2 over m items. For this number a fifth of an
-    average item is added, half of it right: V is never 0, and at R = 0 or 1 an item is a trial.
+    average item is added, half of it right, so V > 0; at R = 0 or 1 an item counts as one trial.
     """
     items = [(a, b) for a, b in pairs if b > 0]
     if not items:
@@ -121,19 +121,19 @@ def clustered_ratio(pairs: Iterable[tuple[float, float]]) -> Figure:
     trials = math.fsum(b for _, b in items)
     share = math.fsum(a for a, _ in items) / trials
 
-    half = 0.1 / m                                  # a tenth of an average item, of all trials
+    tenth = 0.1 / m                                 # of an average item, as a share of the trials
     residuals = [(a - share * b) / trials for a, b in items]
     squares = math.fsum(residual ** 2 for residual in residuals)
-    squares += half / m * (share ** 2 + (1 - share) ** 2)
-    smooth = (share + half) / (1 + 2 * half)
-    effective = smooth * (1 - smooth) / (squares * m / df)
+    squares += tenth / m * (share ** 2 + (1 - share) ** 2)      # one tenth wrong and one right
+    smooth_share = (share + tenth) / (1 + 2 * tenth)
+    effective = smooth_share * (1 - smooth_share) / (squares * m / df)
 
     t = Z + (Z ** 3 + Z) / (4 * df)                 # Student's quantile to the order 1 / df
-    w = t * t / min(effective, trials)
-    centre = share + w / 2                          # Wilson's interval, in terms of w
-    width = math.sqrt(share * (1 - share) * w + w * w / 4)
-    low = min(max(0.0, (centre - width) / (1 + w)), share)
-    high = max(min(1.0, (centre + width) / (1 + w)), share)
+    w = t * t / min(effective, trials)              # Wilson's interval in terms of t^2 / trials
+    centre = share + w / 2
+    half_width = math.sqrt(share * (1 - share) * w + w * w / 4)
+    low = min(max(0.0, (centre - half_width) / (1 + w)), share)
+    high = max(min(1.0, (centre + half_width) / (1 + w)), share)
     return {"value": share, "low": low, "high": high, "n": round(trials)}
 
 
@@ -141,7 +141,7 @@ def balanced_ratio(first: Sequence[tuple[float, float]],
                    second: Sequence[tuple[float, float]]) -> Figure:
     """Mean of two clustered ratios over the same items, listed in the same order.
 
-    Its interval is that of items of equal size that have the same influences on the mean.
+    Its interval is that of items of one size that have the same influences on the mean.
     """
     one = clustered_ratio(first)
     two = clustered_ratio(second)
@@ -150,7 +150,7 @@ def balanced_ratio(first: Sequence[tuple[float, float]],
     mean = (one["value"] + two["value"]) / 2
     n = one["n"] + two["n"]
     m = len(first)
-    size = 4 * n / m                                # such a mean may vary less than n tosses do
+    size = 4 * n / m            # sum b caps the trials, and such a mean can be surer than n tosses
     items = []
     for (a, b), (c, d) in zip(first, second, strict=True):      # influence on R: (a - R b) / sum b
         influence_one = (a - one["value"] * b) / one["n"] / 2
@@ -170,11 +170,11 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Figure
     if n == 0:
         return {"value": None, "low": -1.0, "high": 1.0, "n": 0}
     total = math.fsum(changes)
-    centre = total / (n + 2)        # the cells are two items: half a one rises, half a one falls
+    centre = total / (n + 2)                        # the cells are two items: half rose, half fell
     mean_square = (math.fsum(change * change for change in changes) + 1) / (n + 2)
-    width = Z * math.sqrt((mean_square - centre ** 2) / (n + 2))
-    low = max(-1.0, centre - width)
-    return {"value": total / n, "low": low, "high": min(1.0, centre + width), "n": n}
+    half_width = Z * math.sqrt((mean_square - centre ** 2) / (n + 2))
+    return {"value": total / n, "low": max(-1.0, centre - half_width),
+            "high": min(1.0, centre + half_width), "n": n}
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool], fell: bool = False) -> float:
@@ -503,7 +503,7 @@ def check_same_candidates(records: dict[str, Sequence[Record]]) -> None:
         counts[name] = Counter((r["item"], r.get("text"), r["correct"]) for r in rows)
     first, *others = counts
     for other in others:
-        for item, _, _ in counts[first] - counts[other] or counts[other] - counts[first]:
+        for item, _, _ in (counts[first] - counts[other]) | (counts[other] - counts[first]):
             raise ValueError(f"{first} and {other} hold different candidates of item {item!r}")
 
 
@@ -527,7 +527,7 @@ def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
     for name, report in reports.items():
         shares = [agreement[name][item] for item in agreement[best]]
         difference = paired_difference(list(agreement[best].values()), shares)
-        cost = report["seconds_per_verdict"] / least if least else None
+        cost = report["seconds_per_verdict"] / least if least else None     # 0: not all known
         ranked[name] = report | {"cost": cost, "difference_from_best": difference}
         if name in passed and (name == best or difference["low"] > -NEARLY):
             near.append(name)
@@ -593,8 +593,8 @@ class Config:
     cache: str = flag("", "folder of what models answered (default: gate_cache beside the report)")
 
     def __post_init__(self) -> None:
-        models = (self.student, self.verifier, self.task)
-        if any(models) if self.records else not all(models):
+        given = {bool(value) for value in (self.student, self.verifier, self.task)}
+        if given != {not self.records}:             # all three without records, none with them
             raise ValueError("give either --records, or all of --student, --verifier and --task")
         out = Path(self.out)
         if out.is_dir():
