@@ -23,7 +23,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from loop.asking import greedy_answers, greedy_completions, verdicts
 from loop.flags import TrainingFlags
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model
 from loop.ranks import Interrupted, Ranks, exit_status
-from loop.rounds import count_round, pair_directions
+from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
 from loop.side_by_side import compare_answers
 from loop.state import State, restore, save
@@ -121,7 +121,8 @@ class Config(TrainingFlags):
     @property
     def evaluations(self) -> int:
         """Evaluations on the watch split that are planned: on schedule and at each round's end."""
-        return self.rounds + self.rounds * self.steps_per_round // self.eval_every
+        steps = self.rounds * self.steps_per_round
+        return self.rounds + steps // self.eval_every
 
 
 def main(cfg: Config, ranks: Ranks) -> int:
@@ -200,8 +201,11 @@ def main(cfg: Config, ranks: Ranks) -> int:
 def load_splits(cfg: Config) -> Splits:
     """Items of the task in four splits that share neither an id nor a picture."""
     items = load_task(cfg.task, cfg.data, cfg.split)
-    train = load_task(cfg.task, cfg.data, cfg.train_split) if cfg.train_split else None
-    return split_items(items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
+    train = None
+    if cfg.train_split:
+        train = load_task(cfg.task, cfg.data, cfg.train_split)
+    return split_items(
+        items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
 
 
 def load_models(run: Run) -> tuple[VLM, VLM]:
@@ -246,10 +250,11 @@ def round_items(cfg: Config, train: Sequence[Item], number: int) -> list[Item]:
 
     Rounds take one slice after another of the shuffled train split, and start over at its end.
     """
-    order = random.Random(cfg.seed).sample(range(len(train)), len(train))
-    count = min(cfg.items_per_round, len(train))
-    places = range(number * count, (number + 1) * count)
-    return [train[order[place % len(train)]] for place in places]
+    total = len(train)
+    shuffled = random.Random(cfg.seed).sample(train, total)
+    count = min(cfg.items_per_round, total)
+    first = number * count
+    return [shuffled[place % total] for place in range(first, first + count)]
 
 
 def sample(run: Run, student: VLM, items: Sequence[Item], number: int) -> list[list[Completion]]:
@@ -258,8 +263,15 @@ def sample(run: Run, student: VLM, items: Sequence[Item], number: int) -> list[l
     `number` (the round's, counted from 1; 0 for the gate) keeps the draws of rounds apart.
     """
     cfg = run.cfg
-    return run.ask(student, items, "sampling", n=cfg.k, temperature=cfg.temperature,
-                   top_p=cfg.top_p, seed=cfg.seed * 1000 + number)
+    return run.ask(
+        student,
+        items,
+        "sampling",
+        n=cfg.k,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        seed=cfg.seed * 1000 + number,
+    )
 
 
 def score(run: Run, verifier: VLM, items: Sequence[Item],
@@ -279,11 +291,10 @@ def make_pairs(run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Co
     counts = count_round(pairs, refused, candidates, scores, run.cfg.min_margin)
     skipped = len(pairs) < run.cfg.min_pairs
 
-    rows = [asdict(pair) | {"margin": pair.margin} for pair in pairs]
-    run.write_lines(f"pairs/round-{number}.jsonl", rows)
-    listed = ", ".join(f"{what} {count}" for what, count in counts.items())
-    run.say(f"round {number}: {listed}" + ("; skipped" if skipped else ""))
-    return [] if skipped else pairs, {"round": number, **counts, "skipped": skipped}
+    write_round(run, number, pairs, counts, skipped)
+    if skipped:
+        pairs = []
+    return pairs, {"round": number, **counts, "skipped": skipped}
 
 
 # ---- the loop's steps: reference, replay, DPO
@@ -338,7 +349,8 @@ def round_batches(cfg: Config, replay: ReplayBuffer, state: State) -> list[list[
     """The batches of the current round; a resumed run draws the same ones."""
     ratio = cfg.replay_ratio if cfg.replay else 0.0
     seed = cfg.seed * 1000 + state.round
-    return replay.batches(state.fresh, cfg.batch_size, ratio, cfg.epochs, cfg.steps_per_round, seed)
+    return replay.batches(
+        state.fresh, cfg.batch_size, ratio, cfg.epochs, cfg.steps_per_round, seed)
 
 
 def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: Sequence[Pair],
@@ -409,18 +421,7 @@ def stopped(state: State) -> dict[str, Any]:
 
 def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
     """Write summary.json, say the outcome, return the exit status."""
-    run.write("summary.json", {
-        "task": run.cfg.task,
-        "pre_gate": state.pre_gate,
-        "post_gate": post_gate,
-        "baseline_accuracy": state.baseline_accuracy,
-        "final_accuracy": (post_gate or {}).get("final_accuracy"),
-        "loss_first": state.loss_first,
-        "loss_last": state.loss_last,
-        "steps": state.step,
-        "rounds": state.rounds,
-        "warnings": state.warnings,
-    })
+    run.write("summary.json", state.summary(run.cfg.task, post_gate))
     if post_gate is None:
         run.say("nothing was trained; --force trains all the same")
         return 3

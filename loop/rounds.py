@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from eval import score as exact_match
 from gate import proportion
+from loop.run import Run
 from model import Completion
 from replay import Pair
 from tasks import Item
@@ -26,6 +28,16 @@ def count_round(pairs: Sequence[Pair], refused: dict[str, int], candidates: Sequ
         "verdicts_unparsed": sum(score.value is None for score in all_scores),
         "candidates_truncated": sum(completion.finish_reason == "length" for completion in all_candidates),
     }
+
+
+def write_round(run: Run, number: int, pairs: Sequence[Pair], counts: dict[str, int], skipped: bool) -> None:
+    """Write the round's pairs to pairs/round-NUMBER.jsonl, and say its counts."""
+    rows = [asdict(pair) | {"margin": pair.margin} for pair in pairs]
+    run.write_lines(f"pairs/round-{number}.jsonl", rows)
+
+    listed = ", ".join(f"{what} {count}" for what, count in counts.items())
+    ending = "; skipped" if skipped else ""
+    run.say(f"round {number}: {listed}{ending}")
 
 
 def pair_directions(pairs: Sequence[Pair], items: Sequence[Item]) -> dict[str, Any]:

@@ -50,6 +50,21 @@ class State:
         right = sum(answer.correct for answer in self.frozen)
         return proportion(right, len(self.frozen))
 
+    def summary(self, task: str, post_gate: dict[str, Any] | None) -> dict[str, Any]:
+        """What summary.json holds; figures that were not reached are None."""
+        return {
+            "task": task,
+            "pre_gate": self.pre_gate,
+            "post_gate": post_gate,
+            "baseline_accuracy": self.baseline_accuracy,
+            "final_accuracy": post_gate.get("final_accuracy") if post_gate else None,
+            "loss_first": self.loss_first,
+            "loss_last": self.loss_last,
+            "steps": self.step,
+            "rounds": self.rounds,
+            "warnings": self.warnings,
+        }
+
 
 def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> None:
     """Write a checkpoint, named by the step and by the number of rounds whose pairs are made."""
