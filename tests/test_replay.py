@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from pathlib import Path
 from statistics import fmean, pvariance
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,9 @@ def pair(name: str, margin: float = 1.0) -> Pair:
 
 def buffer(count: int, capacity: int = 100) -> ReplayBuffer:
     """A buffer that holds `count` pairs old-0, old-1, ..."""
-    made = ReplayBuffer(capacity, 0.5)
-    assert made.add(pair(f"old-{i}") for i in range(count)) == count
-    return made
+    store = ReplayBuffer(capacity, 0.5)
+    assert store.add(pair(f"old-{i}") for i in range(count)) == count
+    return store
 
 
 def names(pairs: Any) -> list[str]:
@@ -44,50 +45,79 @@ def names(pairs: Any) -> list[str]:
     ("aa", [1.0, 0.0], "same_text"), (["a", " a\n"], [1.0, 0.0], "same_text"), (["", "  "], [1.0, 0.0], "same_text"),
     (["a b", "ab"], [1.0, 0.0], (0, 1)), (["a", "A"], [0.0, 1.0], (1, 0)), (["a", "", "a"], [1.0, 0.0, 0.5], (0, 1))])
 def test_select_pair(texts: Any, scores: list, outcome: Any) -> None:
-    found = select_pair("item", list(texts), scores)
+    chosen = select_pair("item", list(texts), scores)
     if isinstance(outcome, tuple) and outcome[1] is ...:
-        assert found[0] == outcome[0] and scores[found[1]] == min(scores)
+        assert chosen[0] == outcome[0]
+        assert scores[chosen[1]] == min(scores)
     else:
-        assert found == outcome and (outcome in REFUSALS or isinstance(found, tuple))
+        assert chosen == outcome
+        assert outcome in REFUSALS or isinstance(chosen, tuple)
 
 
 def test_equal_scores_are_told_apart_by_a_stable_hash() -> None:
     """The same texts in any order, on any machine: literal choices that must never change."""
-    texts, scores = ["1", "2", " 3 ", "4", "5", "6"], [1.0, 1.0, 1.0, 0.0, 0.0, 0.5]
+    texts = ["1", "2", " 3 ", "4", "5", "6"]
+    scores = [1.0, 1.0, 1.0, 0.0, 0.0, 0.5]
     chosen = {}
     for item in ("a", "b", "c", "d"):
-        found = set()
+        outcomes = set()
         for seed in range(20):
             order = random.Random(seed).sample(range(6), 6)
             top, bottom = select_pair(item, [texts[k] for k in order], [scores[k] for k in order])
-            found.add((texts[order[top]].strip(), texts[order[bottom]]))
-        assert len(found) == 1
-        [chosen[item]] = found
+            outcomes.add((texts[order[top]].strip(), texts[order[bottom]]))
+        assert len(outcomes) == 1
+        [chosen[item]] = outcomes
     assert chosen == {"a": ("2", "5"), "b": ("1", "4"), "c": ("3", "4"), "d": ("3", "5")}
 
 
 def test_equal_scores_are_told_apart_evenly() -> None:
     """Over items, every top and every bottom has its turn: no candidate is preferred for its place or text."""
-    texts, scores = ["a", "b", "c", "d", "e", "f"], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    outcomes = [select_pair(f"item {i}", texts, scores) for i in range(900)]
-    counts = Counter(outcomes)
-    assert len(counts) == 9 and all(60 <= n <= 140 for n in counts.values())               # 100 expected, deviation 9.4
-    assert select_pair("item 0", ["a"] * 3 + ["b"] * 3, scores) in {(t, b) for t in range(3) for b in range(3, 6)}
-    tops = {select_pair(f"item {i}", ["a"] * 3 + ["b"], [1.0, 1.0, 1.0, 0.0])[0] for i in range(50)}
-    assert tops == {0, 1, 2}                                            # equal texts have other tokens, perhaps
+    texts = ["a", "b", "c", "d", "e", "f"]
+    scores = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    counts = Counter(select_pair(f"item {i}", texts, scores) for i in range(900))
+    assert len(counts) == 9
+    assert all(60 <= n <= 140 for n in counts.values())                 # 100 expected, deviation 9.4
+
+
+def test_equal_texts_are_told_apart() -> None:
+    """Equal texts have other tokens, perhaps."""
+    top, bottom = select_pair("item 0", ["a"] * 3 + ["b"] * 3, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    assert top in range(3) and bottom in range(3, 6)
+    tops = set()
+    for i in range(50):
+        top, _ = select_pair(f"item {i}", ["a"] * 3 + ["b"], [1.0, 1.0, 1.0, 0.0])
+        tops.add(top)
+    assert tops == {0, 1, 2}
 
 
 def test_labels_are_not_read() -> None:
     """It is given an id, texts and scores, and nothing that leads to an answer."""
     code = select_pair.__code__
-    assert code.co_varnames[:code.co_argcount] == ("item_id", "texts", "scores") and not code.co_kwonlyargcount
-    words = {node.attr for node in ast.walk(ast.parse((ROOT / "replay.py").read_text()))
-             if isinstance(node, ast.Attribute)}
+    assert code.co_varnames[:code.co_argcount] == ("item_id", "texts", "scores")
+    assert not code.co_kwonlyargcount
+    words = set()
+    for node in ast.walk(ast.parse((ROOT / "replay.py").read_text())):
+        if isinstance(node, ast.Attribute):
+            words.add(node.attr)
     assert not words & {"answer", "correct", "label", "labels"}
 
 
 def test_margin() -> None:
-    assert Pair("a", (1,), (2,), 0.75, 0.5).margin == 0.25
+    example = Pair("a", (1,), (2,), chosen_score=0.75, rejected_score=0.5)
+    assert example.margin == 0.25
+
+
+def test_form_pairs() -> None:
+    """The pair keeps the candidates' tokens and texts; what gave none is counted by its reason."""
+    rows = [[SimpleNamespace(token_ids=(k,), text=text) for k, text in enumerate(texts)]
+            for texts in ("abc", "ab", "ab", "aa")]
+    verdicts = [[SimpleNamespace(value=value) for value in values]
+                for values in ([0.5, 0.0, 1.0], [None, 0.5], [0.5, 0.5], [1.0, 0.0])]
+    pairs, refused = replay.form_pairs(["w", "x", "y", "z"], rows, verdicts)
+    assert pairs == [Pair("w", (2,), (1,), 1.0, 0.0, "c", "b")]
+    assert refused == {"unparsed": 1, "tie": 1, "same_text": 1}
+    with pytest.raises(ValueError):
+        replay.form_pairs(["w"], rows, verdicts)
 
 
 # ---- the buffer
@@ -95,9 +125,9 @@ def test_margin() -> None:
 @pytest.mark.parametrize("tau, margins, admitted", [
     (0.5, [0.5, 0.49999, 1.0, 0.0, 0.51], [0.5, 1.0, 0.51]), (0.0, [0.0, 0.3], [0.0, 0.3]), (1.0, [1.0, 0.999], [1.0])])
 def test_gate(tau: float, margins: list[float], admitted: list[float]) -> None:
-    made = ReplayBuffer(10, tau)
-    assert made.add(pair("x", m) for m in margins) == len(admitted)
-    assert [p.margin for p in made.pairs] == admitted
+    store = ReplayBuffer(10, tau)
+    assert store.add(pair("x", margin) for margin in margins) == len(admitted)
+    assert [admitted_pair.margin for admitted_pair in store.pairs] == admitted
 
 
 @pytest.mark.parametrize("top, bottom, tau", [
@@ -105,21 +135,25 @@ def test_gate(tau: float, margins: list[float], admitted: list[float]) -> None:
     (1.0, 0.9, 0.1), (0.3, 0.1, 0.2)])
 def test_gate_at_exactly_tau(top: float, bottom: float, tau: float) -> None:
     """In decimals, as a verifier writes its scores: 0.7 - 0.2 is 0.5, which binary fractions miss by a hair."""
-    assert ReplayBuffer(1, tau).add([Pair("x", (1,), (2,), top, bottom)]) == 1
+    example = Pair("x", (1,), (2,), chosen_score=top, rejected_score=bottom)
+    assert ReplayBuffer(1, tau).add([example]) == 1
 
 
 def test_first_in_first_out() -> None:
-    made = ReplayBuffer(3, 0.5)
+    store = ReplayBuffer(3, 0.5)
     for part in (["a", "b"], ["c"], ["d", "e"]):
-        assert made.add(pair(n) for n in part) == len(part)
-    assert names(made.pairs) == ["c", "d", "e"]
-    assert made.add([pair("low", 0.1)]) == 0 and names(made.pairs) == ["c", "d", "e"]
-    assert made.add(pair(str(i)) for i in range(10)) == 10 and names(made.pairs) == ["7", "8", "9"]
+        assert store.add(pair(name) for name in part) == len(part)
+    assert names(store.pairs) == ["c", "d", "e"]
+    assert store.add([pair("low", 0.1)]) == 0
+    assert names(store.pairs) == ["c", "d", "e"]
+    assert store.add(pair(str(i)) for i in range(10)) == 10
+    assert names(store.pairs) == ["7", "8", "9"]
 
 
 @pytest.mark.parametrize("capacity, tau", [(0, 0.5), (-1, 0.5), (1, -0.1), (1, 1.1), (1, float("nan"))])
 def test_bad_buffers(capacity: int, tau: float) -> None:
-    with pytest.raises(ValueError, match=str(capacity if capacity < 1 else tau)):
+    wrong = capacity if capacity < 1 else tau
+    with pytest.raises(ValueError, match=str(wrong)):
         ReplayBuffer(capacity, tau)
 
 
@@ -131,26 +165,40 @@ Law = dict[float, tuple[float, float]]                  # margin, all equally li
 
 def gated(law: Law, tau: float, seed: int) -> tuple[list[float], list[float]]:
     """d and g of those of DRAWS pairs that the buffer admits; g spreads around g(m), independent of d given m."""
-    rng, drawn, pairs = random.Random(seed), {}, []
+    rng = random.Random(seed)
+    drawn = {}
+    pairs = []
     for k in range(DRAWS):
         m = rng.choice(list(law))
         q, g = law[m]
-        drawn[str(k)] = (1.0 if rng.random() < q else -1.0, g * rng.uniform(0.5, 1.5))
+        d = 1.0 if rng.random() < q else -1.0
+        drawn[str(k)] = (d, g * rng.uniform(0.5, 1.5))
         pairs.append(pair(str(k), m))
-    made = ReplayBuffer(DRAWS, tau)
-    made.add(pairs)
-    return tuple(map(list, zip(*(drawn[name] for name in names(made.pairs)))))
+
+    store = ReplayBuffer(DRAWS, tau)
+    store.add(pairs)
+    admitted = names(store.pairs)
+    return [drawn[name][0] for name in admitted], [drawn[name][1] for name in admitted]
+
+
+def updates(d: list[float], g: list[float]) -> list[float]:
+    """What each pair contributes."""
+    return [direction * gradient for direction, gradient in zip(d, g)]
 
 
 def expected(law: Law, tau: float) -> tuple[float, float, float]:
     """q(tau), E[g | m >= tau], E[(2 q(m) - 1) g(m) | m >= tau]."""
-    kept = [both for m, both in law.items() if m >= tau]
-    return (fmean(q for q, _ in kept), fmean(g for _, g in kept), fmean((2 * q - 1) * g for q, g in kept))
+    admitted = [law[m] for m in law if m >= tau]
+    mean_q = fmean(q for q, _ in admitted)
+    mean_g = fmean(g for _, g in admitted)
+    mean_update = fmean((2 * q - 1) * g for q, g in admitted)
+    return mean_q, mean_g, mean_update
 
 
 def error(values: list[float]) -> float:
     """Five standard errors of the mean: exceeded once in two million."""
-    return 5 * math.sqrt(pvariance(values) / len(values))
+    variance = pvariance(values)
+    return 5 * math.sqrt(variance / len(values))
 
 
 RISING = {0.2: (0.5, 1.0), 0.4: (0.6, 1.0), 0.6: (0.75, 1.0), 0.8: (0.85, 1.0), 1.0: (0.95, 1.0)}
@@ -163,14 +211,17 @@ def test_gating_moves_the_mean_and_steadies_the_pairs(law: Law) -> None:
     variances = []
     for seed, tau in enumerate((0.0, 0.4, 0.8, 1.0)):
         d, g = gated(law, tau, seed)
-        update = [a * b for a, b in zip(d, g)]
+        update = updates(d, g)
         q, scale, exact = expected(law, tau)
         assert exact == pytest.approx((2 * q - 1) * scale)              # g does not change with m: the product holds
-        assert abs(fmean(update) - exact) < error(update) and (fmean(update) > 0) == (q > 0.5)
-        squares = [(x - (2 * q - 1)) ** 2 for x in d]                   # of unit gradients
+        assert abs(fmean(update) - exact) < error(update)
+        assert (fmean(update) > 0) == (q > 0.5)
+
+        squares = [(direction - (2 * q - 1)) ** 2 for direction in d]   # of unit gradients
         assert abs(fmean(squares) - 4 * q * (1 - q)) < error(squares)
         variances.append(fmean(squares))
-    assert variances == sorted(variances, reverse=True) and variances[-1] < variances[0] / 3
+    assert variances == sorted(variances, reverse=True)
+    assert variances[-1] < variances[0] / 3
 
 
 def test_the_sign_flips_at_one_half() -> None:
@@ -178,53 +229,66 @@ def test_the_sign_flips_at_one_half() -> None:
     law = {0.3: (0.8, 1.0), 0.6: (0.5, 1.0), 0.9: (0.2, 1.0)}
     means = []
     for seed, tau in enumerate((0.0, 0.6, 0.9)):
-        d, g = gated(law, tau, seed)
-        update = [a * b for a, b in zip(d, g)]
-        assert abs(fmean(update) - expected(law, tau)[2]) < error(update)
+        update = updates(*gated(law, tau, seed))
+        _, _, exact = expected(law, tau)
+        assert abs(fmean(update) - exact) < error(update)
         means.append((fmean(update), error(update)))
     (none, margin), *others = means
     assert abs(none) < margin                                           # q = 1/2 in all: no direction
     assert all(mean < -margin for mean, margin in others)               # 0.35 and 0.2
-    lifted = {m: (q + 0.4 * (m > 0.5), g) for m, (q, g) in law.items()}
-    d, g = gated(lifted, 0.6, 3)                                        # 0.9 and 0.6 in their place
-    assert fmean(a * b for a, b in zip(d, g)) > error([a * b for a, b in zip(d, g)])
+
+    lifted = {0.3: (0.8, 1.0), 0.6: (0.9, 1.0), 0.9: (0.6, 1.0)}
+    update = updates(*gated(lifted, 0.6, 3))
+    assert fmean(update) > error(update)
+
+
+def mean_of_a_batch(law: Law, seed: int, tau: float) -> float:
+    """The mean update of those of 100 pairs, with unit gradients, that the buffer admits."""
+    rng = random.Random(seed)
+    store = ReplayBuffer(100, tau)
+    directions = {}
+    for k in range(100):
+        m = rng.choice(list(law))
+        q, _ = law[m]
+        directions[str(k)] = 1.0 if rng.random() < q else -1.0
+        store.add([pair(str(k), m)])
+    return fmean(directions[name] for name in names(store.pairs))
+
+
+def mean_inverse(left: float) -> float:
+    """E[1 / n(tau)], where n(tau) of 100 pairs is binomial with this share left, and at least 1."""
+    terms = [math.comb(100, n) * left ** n * (1 - left) ** (100 - n) / n for n in range(1, 101)]
+    return sum(terms)
 
 
 def test_the_mean_of_a_batch_may_vary_more() -> None:
     """q from 0.55 to 0.7 lowers a pair's variance, but a tenth of the pairs is left: the batch's rises."""
-    law, batches = {m / 10: (0.7 if m == 10 else 0.6 - 0.01 * m, 1.0) for m in range(1, 11)}, 1000
-
-    def mean_of_a_batch(seed: int, tau: float) -> float:
-        rng, made, right = random.Random(seed), ReplayBuffer(100, tau), {}
-        for k in range(100):
-            m = rng.choice(list(law))
-            right[str(k)] = 1.0 if rng.random() < law[m][0] else -1.0
-            made.add([pair(str(k), m)])
-        return fmean(right[name] for name in names(made.pairs))
-    found, exact = [], []
+    law = {m / 10: (0.6 - 0.01 * m, 1.0) for m in range(1, 10)} | {1.0: (0.7, 1.0)}
+    batches = 1000
+    measured = []
+    pair_variances = []
     for tau, left in ((0.0, 1.0), (1.0, 0.1)):
-        q, sizes = expected(law, tau)[0], range(1, 101)                 # n(tau) is binomial: its share `left` of 100
-        inverse = sum(math.comb(100, n) * left ** n * (1 - left) ** (100 - n) / n for n in sizes)      # E[1 / n(tau)]
-        exact.append(4 * q * (1 - q) * inverse)
-        found.append(pvariance([mean_of_a_batch(seed, tau) for seed in range(batches)]))
-        assert abs(found[-1] / exact[-1] - 1) < 5 * math.sqrt(2 / batches)      # five standard errors of a variance
-    before, after = (expected(law, tau)[0] for tau in (0.0, 1.0))
-    assert after * (1 - after) < before * (1 - before)                  # one pair's variance falls
-    assert found[1] > 5 * found[0]
+        q, _, _ = expected(law, tau)
+        pair_variances.append(q * (1 - q))
+        exact = 4 * q * (1 - q) * mean_inverse(left)
+        measured.append(pvariance([mean_of_a_batch(law, seed, tau) for seed in range(batches)]))
+        assert abs(measured[-1] / exact - 1) < 5 * math.sqrt(2 / batches)       # five standard errors of a variance
+    assert pair_variances[1] < pair_variances[0]                        # one pair's variance falls
+    assert measured[1] > 5 * measured[0]
 
 
 def test_independence_given_each_margin_is_not_enough() -> None:
     """Small gradients point the right way, large ones the wrong way: the product of the means has the wrong sign."""
     law = {0.5: (0.9, 0.1), 1.0: (0.2, 1.0)}
-    d, g = gated(law, 0.5, 0)
-    update = [a * b for a, b in zip(d, g)]
+    update = updates(*gated(law, 0.5, 0))
     q, scale, exact = expected(law, 0.5)
     product = (2 * q - 1) * scale
     assert product == pytest.approx(0.055) and exact == pytest.approx(-0.26)
     assert abs(fmean(update) - exact) < error(update) < 0.1 < abs(fmean(update) - product)
-    for m, (q, _) in law.items():                                       # given each margin they are independent
-        there, size = gated({m: law[m]}, 0.5, 1)
-        spread = [(a - (2 * q - 1)) * (b - law[m][1]) for a, b in zip(there, size)]
+
+    for m, (q, mean_g) in law.items():                                  # given each margin they are independent
+        d, g = gated({m: law[m]}, 0.5, 1)
+        spread = [(direction - (2 * q - 1)) * (gradient - mean_g) for direction, gradient in zip(d, g)]
         assert abs(fmean(spread)) < error(spread)
 
 
@@ -233,68 +297,88 @@ def test_independence_given_each_margin_is_not_enough() -> None:
 FRESH = [pair(f"new-{i}") for i in range(20)]
 
 
-def batches(made: ReplayBuffer, **change: Any) -> list[list[str]]:
-    how = {"fresh": FRESH, "batch_size": 8, "ratio": 0.5, "epochs": 1, "max_steps": 1000, "seed": 0} | change
-    return [names(batch) for batch in made.batches(**how)]
+def batches(store: ReplayBuffer, **change: Any) -> list[list[str]]:
+    """The names in each batch."""
+    how = {"fresh": FRESH, "batch_size": 8, "ratio": 0.5, "epochs": 1, "max_steps": 1000, "seed": 0}
+    return [names(batch) for batch in store.batches(**(how | change))]
+
+
+def starting(prefix: str, rows: list[list[str]]) -> list[str]:
+    """The names with this prefix, in all batches."""
+    matching = []
+    for row in rows:
+        matching += [name for name in row if name.startswith(prefix)]
+    return matching
 
 
 @pytest.mark.parametrize("batch_size, ratio, fresh", [
     (8, 0.5, 4), (8, 0.25, 6), (10, 0.99, 1), (1, 0.5, 1), (8, 0.0, 8), (4, 0.9, 1), (8, 0.05, 8), (7, 0.3, 5)])
 def test_shares_of_a_batch(batch_size: int, ratio: float, fresh: int) -> None:
-    found = batches(buffer(30), batch_size=batch_size, ratio=ratio)
-    assert len(found) == -(-20 // fresh)
-    for number, batch in enumerate(found):
-        new = [n for n in batch if n.startswith("new")]
+    rows = batches(buffer(30), batch_size=batch_size, ratio=ratio)
+    assert len(rows) == -(-20 // fresh)
+    for number, batch in enumerate(rows):
+        new = starting("new", [batch])
+        old = starting("old", [batch])
         assert len(new) == min(fresh, 20 - number * fresh)
-        assert len(batch) - len(new) == len(set(batch) - set(new)) == batch_size - fresh   # no repetition
+        assert len(batch) - len(new) == len(old) == len(set(old)) == batch_size - fresh        # no repetition
 
 
 def test_a_pair_that_was_admitted_twice_is_drawn_once() -> None:
-    made = buffer(2)
-    made.add([pair("old-0"), pair("old-1")])                            # their items came round again
-    assert all(sorted(batch)[-2:] == ["old-0", "old-1"] for batch in batches(made, batch_size=8, ratio=0.5))
+    store = buffer(2)
+    store.add([pair("old-0"), pair("old-1")])                            # their items came round again
+    for batch in batches(store, batch_size=8, ratio=0.5):
+        assert sorted(batch)[-2:] == ["old-0", "old-1"]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_every_fresh_pair_once_an_epoch(epochs: int) -> None:
-    new = [n for batch in batches(buffer(30), epochs=epochs) for n in batch if n.startswith("new")]
-    passes = [new[i:i + 20] for i in range(0, len(new), 20)]
-    assert len(passes) == epochs and all(sorted(p) == sorted(names(FRESH)) for p in passes)
-    assert len({tuple(p) for p in passes} | {tuple(names(FRESH))}) == epochs + 1            # shuffled anew
+    new = starting("new", batches(buffer(30), epochs=epochs))
+    passes = [new[start:start + 20] for start in range(0, len(new), 20)]
+    assert len(passes) == epochs
+    assert all(sorted(order) == sorted(names(FRESH)) for order in passes)
+    orders = {tuple(order) for order in passes}
+    orders.add(tuple(names(FRESH)))
+    assert len(orders) == epochs + 1                                    # shuffled anew
 
 
 def test_draws_come_from_the_whole_buffer() -> None:
-    drawn = Counter(n for seed in range(40) for batch in batches(buffer(10), seed=seed) for n in batch
-                    if n.startswith("old"))
-    assert len(drawn) == 10 and all(50 <= n <= 110 for n in drawn.values())                # 80 expected, deviation 7
+    drawn: Counter[str] = Counter()
+    for seed in range(40):
+        drawn.update(starting("old", batches(buffer(10), seed=seed)))
+    assert len(drawn) == 10
+    assert all(50 <= n <= 110 for n in drawn.values())                  # 80 expected, deviation 7
 
 
 def test_most_steps() -> None:
     everything = batches(buffer(30), epochs=3)
-    assert len(everything) == 15 and batches(buffer(30), epochs=3, max_steps=4) == everything[:4]
+    assert len(everything) == 15
+    assert batches(buffer(30), epochs=3, max_steps=4) == everything[:4]
 
 
 def test_batches_are_determined() -> None:
-    made = buffer(30)
-    first = batches(made)
-    assert first == batches(made) == batches(buffer(30)) and first != batches(made, seed=1)
-    assert len(made.pairs) == 30 and names(FRESH) == [f"new-{i}" for i in range(20)]        # nothing was used up
+    store = buffer(30)
+    first = batches(store)
+    assert first == batches(store) == batches(buffer(30))
+    assert first != batches(store, seed=1)
+    assert len(store.pairs) == 30 and names(FRESH) == [f"new-{i}" for i in range(20)]        # nothing was used up
     before = random.Random(5)
     random.seed(5)
-    batches(made)
+    batches(store)
     assert random.random() == before.random()                           # nor the global generator
 
 
 def test_without_replay() -> None:
     """An empty buffer, or a share of nothing: full batches of fresh pairs, the same either way."""
     assert batches(buffer(0)) == batches(buffer(0), ratio=0.0)
-    for found in (batches(buffer(0)), batches(buffer(30), ratio=0.0)):
-        assert [len(b) for b in found] == [8, 8, 4] and sorted(sum(found, [])) == sorted(names(FRESH))
+    for rows in (batches(buffer(0)), batches(buffer(30), ratio=0.0)):
+        assert [len(batch) for batch in rows] == [8, 8, 4]
+        assert sorted(sum(rows, [])) == sorted(names(FRESH))
 
 
 def test_a_small_buffer_repeats_nothing() -> None:
     for batch in batches(buffer(2), ratio=0.75):
-        assert {"old-0", "old-1"} < set(batch) and len(set(batch)) == len(batch)
+        assert {"old-0", "old-1"} < set(batch)
+        assert len(set(batch)) == len(batch)
 
 
 def test_no_fresh_pairs_no_steps() -> None:
