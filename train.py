@@ -142,15 +142,15 @@ def main(cfg: Config, ranks: Ranks) -> int:
         state.pre_gate = gate_before(run, student, verifier, splits.gate)
         if state.pre_gate["verdict"] == "BLOCK" and not cfg.force:
             return finish(run, state, None)                             # exit 3, nothing trained
-        state.frozen = greedy_answers(run, student, splits.held_out, "frozen student, held out")
-        state.trained_on = greedy_answers(run, student, reviewed, "frozen student, trained on")
+        state.frozen_held_out = greedy_answers(run, student, splits.held_out, "frozen, held out")
+        state.frozen_reviewed = greedy_answers(run, student, reviewed, "frozen, trained on")
         watched = evaluate_watch(run, student, splits.watch)
-        state.watched = [answer.correct for answer in watched]
+        state.frozen_watched = [answer.correct for answer in watched]
         run.log({"step": 0, **watch_metrics(watched)})
         save(run, state, student, optimiser, replay)
 
     if cfg.stop_on_regression and state.warnings:                       # a resumed run had stopped
-        return finish(run, state, stopped(state))
+        return finish(run, state, regression(state))
 
     while state.round < cfg.rounds:
         if state.fresh is None:
@@ -164,7 +164,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             replay.add(state.fresh)                                     # margins >= tau only
             save(run, state, student, optimiser, replay)
 
-        batches = round_batches(cfg, replay, state)
+        batches = round_batches(cfg, replay, state)     # none where the round was skipped
         for pairs in batches[state.position:]:
             state.step += 1
             state.position += 1
@@ -186,7 +186,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             if interrupted:
                 raise Interrupted
             if regressed:
-                return finish(run, state, stopped(state))
+                return finish(run, state, regression(state))
 
         state.round += 1
         state.position = 0
@@ -393,18 +393,18 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
     candidate = run.save_candidate(student)
     deployed = load_vlm(candidate, run.ranks.device, student.dtype)
 
-    trained = greedy_answers(run, deployed, held_out, "trained student, held out")
+    trained = greedy_answers(run, deployed, held_out, "trained, held out")
     decision = gate_after(
-        [answer.correct for answer in state.frozen],
+        [answer.correct for answer in state.frozen_held_out],
         [answer.correct for answer in trained],
         trained=state.step > 0,
         min_low=run.cfg.min_low,
     )
-    seen = greedy_answers(run, deployed, reviewed, "trained student, trained on")
+    seen = greedy_answers(run, deployed, reviewed, "trained, trained on")
     explanation = compare_answers(
         run, verifier,
-        held_out=(held_out, (state.frozen, trained)),
-        trained_on=(reviewed, (state.trained_on, seen)),
+        held_out=(held_out, (state.frozen_held_out, trained)),
+        trained_on=(reviewed, (state.frozen_reviewed, seen)),
         verdict=run.cfg.verdict,
     )
     run.deploy_or_discard(candidate, keep=decision.verdict == "PROMOTE")
@@ -414,7 +414,7 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
     return {"verdict": decision.verdict, "reasons": reasons, **decision.measures, **explanation}
 
 
-def stopped(state: State) -> dict[str, Any]:
+def regression(state: State) -> dict[str, Any]:
     """The outcome of a run that --stop-on-regression ended."""
     return {"verdict": "REJECT", "reasons": state.warnings}
 

@@ -37,7 +37,7 @@ def explain_change(held_out: Sides, trained_on: Sides) -> dict[str, Any]:
         diagnosis     "wrong direction": accuracy on trained-on items fell as well
                       "does not transfer": there, accuracy or the verifier's mean score rose
                       "none of them": neither, or held-out accuracy did not fall
-                      "not measured": no trained-on item has an answer
+                      "not measured": no trained-on item has a label, so there was nothing to ask about again
         trained_on    the changes in accuracy and in the verifier's score on trained-on items
         drift         the changes in the form of held-out answers: DRIFT; `outside_options` is the share of answers to
                       choice questions that end by themselves and name no option
@@ -80,8 +80,8 @@ def _form_reasons(held_out: Sides, changes: dict[str, Change]) -> list[str]:
     """Why a fall of accuracy may be one of the answers' form or length alone."""
     reasons = []
     parsed = changes["parse_rate"]
-    lost_accuracy = changes["accuracy"]["value"]
-    if parsed["value"] is not None and lost_accuracy is not None and parsed["value"] <= lost_accuracy:
+    accuracy_change = changes["accuracy"]["value"]
+    if parsed["value"] is not None and accuracy_change is not None and parsed["value"] <= accuracy_change:
         lost = []                                       # the trained student's answers that are no longer right
         for frozen, trained in zip(*held_out, strict=True):
             if frozen["correct"] and not trained["correct"]:

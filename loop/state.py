@@ -25,9 +25,9 @@ class State:
     position: int = 0                                   # steps of the current round that are done
     fresh: list[Pair] | None = None                     # the current round's pairs, None until they are made
     pre_gate: dict[str, Any] | None = None              # the report of the gate before training
-    frozen: list[Answer] | None = None                  # the frozen student's answers on the held-out split
-    trained_on: list[Answer] | None = None              # and on items that round 1 trains on
-    watched: list[bool] = field(default_factory=list)   # which watched items the frozen student gets right
+    frozen_held_out: list[Answer] | None = None         # the frozen student's answers to the held-out split,
+    frozen_reviewed: list[Answer] | None = None         # and to items of round 1, which are asked about again
+    frozen_watched: list[bool] = field(default_factory=list)    # which watched items the frozen student gets right
     losses: list[float] = field(default_factory=list)   # of every step
     rounds: list[dict[str, Any]] = field(default_factory=list)      # counts and directions of every round's pairs
     warnings: list[str] = field(default_factory=list)   # of watched accuracy that fell with the loss
@@ -45,10 +45,10 @@ class State:
     @property
     def baseline_accuracy(self) -> dict[str, Any] | None:
         """The frozen student's accuracy on the held-out split, with its interval; None if it was not asked."""
-        if not self.frozen:
+        if not self.frozen_held_out:
             return None
-        right = sum(answer.correct for answer in self.frozen)
-        return proportion(right, len(self.frozen))
+        right = sum(answer.correct for answer in self.frozen_held_out)
+        return proportion(right, len(self.frozen_held_out))
 
     def summary(self, task: str, post_gate: dict[str, Any] | None) -> dict[str, Any]:
         """What summary.json holds; figures that were not reached are None."""
@@ -89,9 +89,9 @@ def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: Re
     state = State(**fields)
     if state.fresh is not None:
         state.fresh = [Pair(**pair) for pair in state.fresh]
-    if state.frozen is not None:
-        state.frozen = [Answer(**answer) for answer in state.frozen]
-    if state.trained_on is not None:
-        state.trained_on = [Answer(**answer) for answer in state.trained_on]
+    if state.frozen_held_out is not None:
+        state.frozen_held_out = [Answer(**answer) for answer in state.frozen_held_out]
+    if state.frozen_reviewed is not None:
+        state.frozen_reviewed = [Answer(**answer) for answer in state.frozen_reviewed]
     run.say(f"resumed at step {state.step}")
     return state

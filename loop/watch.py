@@ -38,10 +38,10 @@ def regression_warnings(run: Run, state: State, answers: Sequence[Answer], evalu
     `evaluations`, so that a student that does not change is warned of in at most 5 % of runs.
     """
     right = [answer.correct for answer in answers]
-    if state.loss_last >= state.loss_first or not fell_significantly(state.watched, right, LEVEL / evaluations):
+    if state.loss_last >= state.loss_first or not fell_significantly(state.frozen_watched, right, LEVEL / evaluations):
         return []
 
     warning = (f"step {state.step}: the loss fell from {state.loss_first:.3f} to {state.loss_last:.3f} "
-               f"while watched accuracy fell from {mean(state.watched):.3f} to {mean(right):.3f}")
+               f"while watched accuracy fell from {mean(state.frozen_watched):.3f} to {mean(right):.3f}")
     run.say(f"WARNING {warning}")
     return [warning]
