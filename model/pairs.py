@@ -84,8 +84,8 @@ def pack_completions(processor: Processor, examples: Sequence[tuple[Chat, Sequen
         prompt_ends.append(len(prompt.ids))
 
     batch = collate(rows, pictures, processor.pad_id)
-    table = prediction_table(completions, prompt_ends, starts=prompt_ends)
-    return CompletionRows(batch, *table)
+    targets, sources, mask = prediction_table(completions, prompt_ends, starts=prompt_ends)
+    return CompletionRows(batch, targets, sources, mask)
 
 
 def pack_pairs(processor: Processor, pairs: Sequence[tuple[Chat, Sequence[int], Sequence[int]]]) -> PairRows:
@@ -107,7 +107,7 @@ def pack_pairs(processor: Processor, pairs: Sequence[tuple[Chat, Sequence[int], 
 
     all_chosen = [chosen for _, chosen, _ in pairs]
     all_rejected = [rejected for _, _, rejected in pairs]
-    table = prediction_table(
+    targets, sources, mask = prediction_table(
         completions=all_chosen + all_rejected,
         prompt_ends=prompt_ends + prompt_ends,
         starts=prompt_ends + chosen_ends,
@@ -115,7 +115,7 @@ def pack_pairs(processor: Processor, pairs: Sequence[tuple[Chat, Sequence[int], 
 
     batch = collate(rows, pictures, processor.pad_id)
     tree = Tree.of(segments, batch.input_ids.shape[1])
-    return PairRows(replace(batch, tree=tree), *table, keys)
+    return PairRows(replace(batch, tree=tree), targets, sources, mask, keys)
 
 
 def prediction_table(completions: Sequence[Sequence[int]], prompt_ends: Sequence[int],
@@ -142,6 +142,9 @@ def prediction_table(completions: Sequence[Sequence[int]], prompt_ends: Sequence
 
 
 def pair_key(row: Row, chosen_tokens: int) -> str:
-    """A hash of all that a pair's log-probabilities depend on, besides the model."""
+    """A hash of all that a pair's log-probabilities depend on, besides the model.
+
+    row.ids alone would not tell where the chosen completion ends and the rejected one begins.
+    """
     content = (row.ids, chosen_tokens, row.picture_keys)
     return hashlib.sha256(repr(content).encode()).hexdigest()

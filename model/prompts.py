@@ -66,7 +66,8 @@ class Prompts:
 class Group:
     """Prompts that share a row."""
     members: list[int]          # their numbers
-    prefix: int                 # tokens with which all of them begin; of a single prompt all but its last
+    prefix: int                 # tokens with which all of them begin; of a single prompt all but its last, for
+                                # every row is [prefix | suffixes] and no suffix is empty
     tokens: int                 # of the row: the prefix, and what is left of each prompt
 
 
@@ -85,8 +86,10 @@ def pack_prompts(rows: Sequence[Row], pictures: dict[str, Picture], image_id: in
 
 
 def fits(batch: list[Group], group: Group) -> bool:
-    """Whether `group` may join the batch, whose first group has the most prompts: at most half of what is computed may
-    be filling, of prompts and of tokens."""
+    """Whether `group` may join the batch, whose first group has the most prompts.
+
+    Rows are filled up to the longest, and to the one with the most prompts: at least half of either must be real.
+    """
     most_prompts = len(batch[0].members)
     if 2 * len(group.members) < most_prompts:
         return False
@@ -143,7 +146,7 @@ def shared_length(a: Row, b: Row, image_id: int) -> int:
 
 
 def pack_groups(rows: Sequence[Row], groups: list[Group], pictures: dict[str, Picture], pad_id: int) -> Prompts:
-    """One row a group."""
+    """The groups as Prompts: each group is one packed row, [prefix | suffix 1 | .. | suffix m]."""
     G = len(groups)
     m = max(len(group.members) for group in groups)
     numbers = torch.full((G, m), NO_PROMPT)
@@ -154,22 +157,22 @@ def pack_groups(rows: Sequence[Row], groups: list[Group], pictures: dict[str, Pi
     segments = []
 
     for g, group in enumerate(groups):
-        members = [rows[member] for member in group.members]
-        row, row_segments = share_prefix(members, group.prefix)
+        member_rows = [rows[number] for number in group.members]
+        row, row_segments = share_prefix(member_rows, group.prefix)
         shared_rows.append(row)
         segments.append(row_segments)
 
-        column = group.prefix
-        for k, member in enumerate(members):
-            numbers[g, k] = group.members[k]
-            position[g, k] = int(member.positions.max())
-            starts[g, k] = column
-            column += len(member.ids) - group.prefix
-            stops[g, k] = column
+        end = group.prefix                              # columns of the row so far
+        for k, (number, member_row) in enumerate(zip(group.members, member_rows, strict=True)):
+            numbers[g, k] = number
+            position[g, k] = int(member_row.positions.max())
+            starts[g, k] = end
+            end += len(member_row.ids) - group.prefix
+            stops[g, k] = end
 
     batch = collate(shared_rows, pictures, pad_id)
     T = batch.input_ids.shape[1]
-    if m > 1:
+    if m > 1:                                           # where no row branches, plain causal attention does
         batch = replace(batch, tree=Tree.of(segments, T))
 
     column = torch.arange(T)
