@@ -370,7 +370,7 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
 def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],
                 by_id: dict[str, Item]) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses that are trained on, (B,), and every pair's metrics by name, (B,) each."""
-    rows, *policy = pair_logps(student, pairs, by_id)
+    rows, chosen, rejected = pair_logps(student, pairs, by_id)
     if rows.keys != [pair.reference_key for pair in pairs]:
         raise ValueError("a pair's reference log-probabilities belong to another prompt, picture "
                          "or completion")
@@ -378,6 +378,7 @@ def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],
     stored = [(pair.reference_chosen_logp, pair.reference_rejected_logp) for pair in pairs]
     reference = torch.tensor(stored, device=student.device).unbind(1)           # two of (B,)
     lengths = rows.mask.sum(1).chunk(2)                                         # two of (B,)
+    policy = (chosen, rejected)
     return pair_objective(policy, reference, lengths, cfg.beta, cfg.label_smoothing,
                           cfg.loss_type, cfg.length_normalised, cfg.nll_coefficient)
 

@@ -1,1 +1,1 @@
-"""What the programs share: flags, ranks, the run's folder, the optimiser's step, models that are asked, the demo."""
+"""What surrounds the two algorithms: flags, ranks, a run's folder, one step, asking models, figures."""

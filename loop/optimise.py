@@ -151,8 +151,9 @@ def optimiser_step(run: Run, optimiser: torch.optim.Optimizer, batch: Sequence[T
     totals = torch.zeros(len(names), device=ranks.device)
     for start in range(0, len(mine), cfg.micro_batch):
         losses, metrics = loss(mine[start:start + cfg.micro_batch])
-        if losses.requires_grad:                        # False where cross-attention alone is trained and no picture
-            (losses.sum() / len(batch)).backward()      # is there: then nothing depends on it
+        # Without a picture nothing depends on cross-attention: where that alone is trained there is no gradient.
+        if losses.requires_grad:
+            (losses.sum() / len(batch)).backward()
         totals += torch.stack([metrics[name] for name in names]).sum(1)
     ranks.sum_gradients(parameters)
     means = (ranks.sum(totals) / len(batch)).tolist()

@@ -12,9 +12,9 @@ import pickle
 import shutil
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -27,21 +27,22 @@ from model.vlm import VLM
 from tasks import Item
 from tasks.jsonl import write_whole
 
+C = TypeVar("C", bound=TrainingFlags)                   # the program's own Config
 NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
 STEP_LINE = {                                           # what a step's line shows, and how
     "loss": "loss {:.4f}",
     "rewards/margins": "margin {:+.3f}",
-    "rewards/accuracies": "right way {:.2f}",
+    "rewards/accuracies": "ordered {:.2f}",
     "grad_norm": "grad {:.2f}",
     "lr": "lr {:.1e}",
     "eval/accuracy": "watched accuracy {:.3f}",
 }
 
 
-class Run:
+class Run(Generic[C]):
     """The folder of one run, `cfg.out`. All methods are called on every rank; rank 0 writes."""
 
-    def __init__(self, cfg: TrainingFlags, ranks: Ranks):
+    def __init__(self, cfg: C, ranks: Ranks):
         self.cfg = cfg
         self.ranks = ranks
         self.folder = Path(cfg.out)
@@ -219,13 +220,21 @@ def state_fields(state: Any) -> dict[str, Any]:
 
     Nothing is copied; dataclasses.asdict would copy all that was ever answered, at every save.
     """
-    fields = {}
+    content: dict[str, Any] = {}
     for name, value in vars(state).items():
         if isinstance(value, list):
-            fields[name] = [vars(entry) if is_dataclass(entry) else entry for entry in value]
+            content[name] = [vars(entry) if is_dataclass(entry) else entry for entry in value]
         else:
-            fields[name] = value
-    return fields
+            content[name] = value
+    return content
+
+
+def check_fields(state: type, saved: dict[str, Any]) -> None:
+    """ValueError if a checkpoint's fields are not those of the program's State: it is from another version of it."""
+    known = {field.name for field in fields(state)}
+    if saved.keys() != known:
+        name = sorted(saved.keys() ^ known)[0]
+        raise ValueError(f"cannot resume: the checkpoint is another version's, which differs in the field {name!r}")
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -8,17 +8,17 @@ from typing import Any
 
 from eval import Answer
 from loop.asking import verdicts
-from loop.diagnosis import explain_change
+from loop.diagnosis import AnswerRow, explain_change
 from loop.run import Run
 from model import VLM
 from tasks import Item
 
-Row = dict[str, Any]                                    # an eval.Answer's fields, "choice", perhaps "score"
-Sides = tuple[list[Answer], list[Answer]]               # the frozen student's answers and the trained one's, by item
+BothAnswers = tuple[list[Answer], list[Answer]]         # the frozen student's and the trained one's, item by item
+BothRows = tuple[list[AnswerRow], list[AnswerRow]]      # the same as lines of files hold them
 
 
-def compare_answers(run: Run, verifier: VLM, held_out: tuple[Sequence[Item], Sides],
-                    trained_on: tuple[Sequence[Item], Sides], verdict: str) -> dict[str, Any]:
+def compare_answers(run: Run, verifier: VLM, held_out: tuple[Sequence[Item], BothAnswers],
+                    trained_on: tuple[Sequence[Item], BothAnswers], verdict: str) -> dict[str, Any]:
     """What explain_change says of the answers to two sets of items, each given as (items, both students' answers).
 
     The verifier (asked in the way `verdict`) scores the answers to items that were trained on: where its score rose and
@@ -40,16 +40,16 @@ def compare_answers(run: Run, verifier: VLM, held_out: tuple[Sequence[Item], Sid
     return explain_change(held_out_rows, trained_on_rows)
 
 
-def answer_rows(items: Sequence[Item], sides: Sides) -> tuple[list[Row], list[Row]]:
+def answer_rows(items: Sequence[Item], answers: BothAnswers) -> BothRows:
     """Both students' answers as rows; "choice" says whether the question was a choice between options."""
-    rows: tuple[list[Row], list[Row]] = ([], [])
-    for answers, side in zip(sides, rows, strict=True):
-        for item, answer in zip(items, answers, strict=True):
-            side.append(asdict(answer) | {"choice": item.answer_type == "choice"})
+    rows: BothRows = ([], [])
+    for student_answers, student_rows in zip(answers, rows, strict=True):
+        for item, answer in zip(items, student_answers, strict=True):
+            student_rows.append(asdict(answer) | {"choice": item.answer_type == "choice"})
     return rows
 
 
-def write_side_by_side(run: Run, name: str, rows: tuple[list[Row], list[Row]]) -> None:
+def write_side_by_side(run: Run, name: str, rows: BothRows) -> None:
     """Write both students' answers to each item on one line of a file."""
     lines = []
     for frozen, trained in zip(*rows, strict=True):

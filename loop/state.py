@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from eval import Answer
-from gate import proportion
+from gate import Figure, proportion
 from loop.optimise import load_training_state, training_state
-from loop.run import Run, state_fields
+from loop.run import Run, check_fields, state_fields
 from model import VLM
 from replay import Pair, ReplayBuffer
 
@@ -43,7 +43,7 @@ class State:
         return mean(self.losses[-FINAL_STEPS:]) if self.losses else None
 
     @property
-    def baseline_accuracy(self) -> dict[str, Any] | None:
+    def baseline_accuracy(self) -> Figure | None:
         """The frozen student's accuracy on the held-out split, with its interval; None if it was not asked."""
         if not self.frozen_held_out:
             return None
@@ -75,8 +75,7 @@ def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer,
 
 
 def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
-    """The newest checkpoint's state, its weights, optimiser and buffer put in place; a new state where there is none.
-    """
+    """The newest checkpoint's state, its weights, optimiser and buffer put in place; a new state if there is none."""
     saved = run.load()
     if saved is None:
         return State()
@@ -86,6 +85,7 @@ def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: Re
     buffer = fields.pop("buffer")
     replay.pairs.extend(Pair(**pair) for pair in buffer)
 
+    check_fields(State, fields)
     state = State(**fields)
     if state.fresh is not None:
         state.fresh = [Pair(**pair) for pair in state.fresh]

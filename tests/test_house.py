@@ -20,7 +20,7 @@ LEVELS = (("dpo", "replay", "gate", "verifier"), ("model", "tasks"), ("eval",), 
 # The only places that import, when they run, what lies above them or costs what not every caller has.
 LAZY_PLACES = {("gate.py", "main"), ("eval.py", "main")}
 # What a portable file, a task and eval.py import when they are imported, beside the standard library.
-AT_TOP = {"dpo.py": {"torch"}, "replay.py": set(), "gate.py": {"replay"}, "verifier.py": set(),
+AT_TOP = {"dpo.py": {"torch"}, "replay.py": set(), "gate.py": set(), "verifier.py": set(),
           "eval.py": {"numpy", "PIL", "verifier", "tasks"}}
 TASKS_TOP = {"numpy", "PIL", "verifier", "tasks"}
 PORTABLE = ("dpo.py", "replay.py", "gate.py", "verifier.py")

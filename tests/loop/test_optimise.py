@@ -181,7 +181,7 @@ def test_frozen_weights_keep_the_files_dtype(folder: Path, tmp_path: Path) -> No
 
 
 @torch.no_grad()
-def test_the_frozen_self_is_the_file(folder: Path) -> None:
+def test_the_reference_is_the_file(folder: Path) -> None:
     """Without adapters a copy, whatever has become of the weights; it shares a frozen tower's features."""
     vlm = opened(folder)
     plain = logps(vlm)

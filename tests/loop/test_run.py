@@ -395,7 +395,7 @@ def test_log_is_read_by_machines_and_people(run: Run, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_settle(run: Run, keep: bool) -> None:
+def test_deploy_or_discard(run: Run, keep: bool) -> None:
     """deploy/ is the candidate or nothing; one of an earlier end does not stay."""
     for name in ("candidate", "deploy"):
         (run.folder / name).mkdir()
