@@ -101,7 +101,8 @@ class _TokenLogps(torch.autograd.Function):
             block_weight = weight[start:stop].to(hidden.dtype)                         # (block, H)
             logits = F.linear(hidden, block_weight).float()                            # (N, block)
 
-            softmax = logits.sub_(log_sum_exp[:, None]).exp_()
+            log_softmax = logits.sub_(log_sum_exp[:, None])                            # in place
+            softmax = log_softmax.exp_()
             grad_logits = softmax.mul_(-grad[:, None])
             column, inside = _columns_in_block(targets, start, len(block_weight))
             grad_of_target = grad * inside                                             # (N,)
@@ -155,7 +156,10 @@ def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor
     targets: (S, C); mask: (S, C) bool, False on padding. The stop token counts where it was
     sampled.
     """
-    logps_of_tokens = token_logps(hidden[mask], weight, targets[mask])                 # (N,)
+    hidden_of_tokens = hidden[mask]                                                    # (N, H)
+    targets_of_tokens = targets[mask]                                                  # (N,)
+    logps_of_tokens = token_logps(hidden_of_tokens, weight, targets_of_tokens)         # (N,)
+
     zeros = torch.zeros(mask.shape, device=hidden.device)
     logps = zeros.masked_scatter(mask, logps_of_tokens)                                # (S, C)
     return logps.sum(1)
@@ -234,8 +238,18 @@ def pair_objective(
             reference_rejected / rejected_length,
         )
     else:
-        logps = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*logps, beta, label_smoothing, loss_type)
+        logps = (
+            policy_chosen,
+            policy_rejected,
+            reference_chosen,
+            reference_rejected,
+        )
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        *logps,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        loss_type=loss_type,
+    )
 
     if nll_coefficient:
         losses = losses - nll_coefficient * policy_chosen / chosen_length

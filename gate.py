@@ -8,19 +8,16 @@
     after       PROMOTE iff difference > 0 and its lower end > -0.02, paired on held-out items
 
 The baseline is the frozen student's accuracy. By agreement alone, a verifier that accepts
-everything equals it, and one that rejects everything scores 1 - baseline and passes for a weak
-student. Training follows the sign of 2 q - 1 (see replay.py), so q > 1/2 has to be shown: by the
-exact interval q = 1/2 passes at most 2.5 % of the time, and q = 0.8 at least 95 % from 35 mixed
-pairs (exactly one side right) on. Own answers are compared as points: a lower share blocks, even
-if by chance. All intervals are 95 %. This file needs the standard library only.
+everything equals it, and one that rejects everything passes for a weak student. Training follows
+the sign of 2 q - 1 (see replay.py), so q > 1/2 has to be shown: by the exact interval q = 1/2
+passes at most 2.5 % of the time, and q = 0.8 at least 95 % from 35 mixed pairs (one side right)
+on. Own answers are compared as points: chance may block. Intervals are 95 %. Standard library only.
 
-    python gate.py --records a.jsonl --out report.json           # no model, no torch
-    python gate.py --records a.jsonl b.jsonl --out report.json   # ranks the verifiers, too
-    python gate.py --student S --verifier V1 V2 --task bar       # asks the models, then ranks
+    python gate.py --records a.jsonl [b.jsonl ...] --out report.json    # no torch; several: ranked
+    python gate.py --student S --verifier V1 V2 --task bar              # asks the models first
 
 A record is one scored candidate: {"item": str, "correct": bool, "score": number in [0, 1] or null}.
-Optional, see class Record: text, truncated, candidate_*, greedy_*, own_*, and the verdict's cost,
-seconds and tokens. Where equal texts of an item were asked about once, the first carries the cost.
+Optional keys: text, truncated, candidate_*, greedy_*, own_*, seconds, tokens (see class Record).
 Exit status: 0 PASS (of any verifier), 3 BLOCK, 2 usage, 1 models could not be asked.
 """
 from __future__ import annotations
@@ -34,7 +31,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Required, TypedDict, cast
+from typing import Any, Required, TypedDict
 
 Call = Callable[..., Any]
 Measures = dict[str, Any]       # figures, counts and a table, by name, as JSON holds them
@@ -125,8 +122,9 @@ def clustered_ratio(pairs: Iterable[tuple[float, float]]) -> Figure:
     residuals = [(a - share * b) / trials for a, b in items]
     squares = math.fsum(residual ** 2 for residual in residuals)
     squares += tenth / m * (share ** 2 + (1 - share) ** 2)      # one tenth wrong and one right
+    variance = squares * m / df
     smooth_share = (share + tenth) / (1 + 2 * tenth)
-    effective = smooth_share * (1 - smooth_share) / (squares * m / df)
+    effective = smooth_share * (1 - smooth_share) / variance
 
     t = Z + (Z ** 3 + Z) / (4 * df)                 # Student's quantile to the order 1 / df
     w = t * t / min(effective, trials)              # Wilson's interval in terms of t^2 / trials
@@ -139,10 +137,8 @@ def clustered_ratio(pairs: Iterable[tuple[float, float]]) -> Figure:
 
 def balanced_ratio(first: Sequence[tuple[float, float]],
                    second: Sequence[tuple[float, float]]) -> Figure:
-    """Mean of two clustered ratios over the same items, listed in the same order.
-
-    Its interval is that of items of one size that have the same influences on the mean.
-    """
+    """Mean of two clustered ratios over the same items, listed in the same order: its interval is
+    that of items of one size that have the same influences on the mean."""
     one = clustered_ratio(first)
     two = clustered_ratio(second)
     if one["value"] is None or two["value"] is None:
@@ -150,8 +146,8 @@ def balanced_ratio(first: Sequence[tuple[float, float]],
     mean = (one["value"] + two["value"]) / 2
     n = one["n"] + two["n"]
     m = len(first)
-    size = 4 * n / m            # sum b caps the trials, and such a mean can be surer than n tosses
     items = []
+    size = 4 * n / m            # sum b caps the trials, and such a mean can be surer than n tosses
     for (a, b), (c, d) in zip(first, second, strict=True):      # influence on R: (a - R b) / sum b
         influence_one = (a - one["value"] * b) / one["n"] / 2
         influence_two = (c - two["value"] * d) / two["n"] / 2
@@ -160,11 +156,8 @@ def balanced_ratio(first: Sequence[tuple[float, float]],
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Figure:
-    """mean(after) - mean(before) on the same items; an item's value is a bool or a share.
-
-    The interval is Agresti and Min's (2005), who add 1/2 to each cell of the paired 2 x 2 table:
-    close to 95 % from few items on, and wide where all items are equal.
-    """
+    """mean(after) - mean(before) on the same items, with the interval of Agresti and Min (2005):
+    they add 1/2 to each cell of the paired 2 x 2 table. An item's value is a bool or a share."""
     changes = [float(new) - float(old) for old, new in zip(before, after, strict=True)]
     n = len(changes)
     if n == 0:
@@ -202,8 +195,8 @@ class Record(TypedDict, total=False):
     truncated: bool | None                          # was the verdict cut off?
     candidate_parsed: bool | None                   # was an answer found in the candidate?
     candidate_truncated: bool | None
-    seconds: float | None                           # what the verdict cost
-    tokens: float | None
+    seconds: float | None                           # what the verdict cost; of equal texts that
+    tokens: float | None                            # were asked about once, the first carries it
     greedy_correct: bool | None                     # the student's greedy answer to the question:
     greedy_parsed: bool | None                      # the same in all records of an item
     greedy_truncated: bool | None
@@ -218,28 +211,26 @@ def gather_records(items: Sequence[Any], *, greedy: Call, sample: Call, score: C
 
     `greedy(items)`, `own(items)`: the student's, the verifier's greedy completions (.text and
     .finish_reason); `sample(items)`: K of the student's for each; `score(items, texts)`: verdicts
-    (.value, .truncated and, if known, the costs .seconds and .tokens); `correct(item, text)`:
-    exact match (.correct, and .answer, None where none could be read).
+    (.value, .truncated; optional: .seconds, .tokens); `correct(item, text)`: .correct and .answer.
     """
     samples = sample(items)
     texts = []
     for completions in samples:
         texts.append([completion.text for completion in completions])
     rows = zip(items, samples, score(items, texts), greedy(items), own(items), strict=True)
-
     records = []
     for item, completions, verdicts, student_answer, verifier_answer in rows:
         answers = _grade(item, student_answer, "greedy", correct)
         answers |= _grade(item, verifier_answer, "own", correct)
         for completion, verdict in zip(completions, verdicts, strict=True):
             candidate = _grade(item, completion, "candidate", correct)
-            record = {"item": item.id, "correct": candidate.pop("candidate_correct"),
-                      "score": verdict.value, "text": completion.text,
-                      "truncated": bool(verdict.truncated), **candidate, **answers}
+            record: Any = {"item": item.id, "correct": candidate.pop("candidate_correct"),
+                           "score": verdict.value, "text": completion.text,
+                           "truncated": bool(verdict.truncated), **candidate, **answers}
             for cost in ("seconds", "tokens"):
                 if getattr(verdict, cost, None) is not None:
                     record[cost] = getattr(verdict, cost)
-            records.append(cast(Record, record))
+            records.append(record)
     return records
 
 
@@ -253,13 +244,13 @@ def _grade(item: Any, completion: Any, whose: str, correct: Call) -> dict[str, b
 def read_records(path: str | Path) -> list[Record]:
     """The records of a JSON Lines file; whatever is wrong is a ValueError that names the line."""
     records: list[Record] = []
-    first_line: dict[tuple[str, str], tuple[Any, int]] = {}
+    first_seen: dict[tuple[str, str], tuple[Any, int]] = {}    # (item, key) -> value, line number
     for number, line in enumerate(Path(path).read_bytes().rstrip().split(b"\n"), 1):
         try:
             record = json.loads(line.decode("utf-8-sig").strip() or "null")
             check_record(record)
             for key in ITEM_RATES:
-                seen = first_line.setdefault((record["item"], key), (record.get(key), number))
+                seen = first_seen.setdefault((record["item"], key), (record.get(key), number))
                 if record.get(key) != seen[0]:
                     raise ValueError(f'"{key}" of {record["item"]!r} differs from line {seen[1]}')
         except (ValueError, RecursionError) as error:       # of json and of the decoder, too
@@ -272,15 +263,18 @@ def check_record(record: Any) -> None:
     """ValueError that says what is wrong with a record."""
     if not isinstance(record, dict) or not {"item", "correct", "score"} <= record.keys():
         raise ValueError(f"a record is an object with item, correct and score, not {record!r:.80}")
+
     for key in ("item", "correct", "text", *RATES, *ITEM_RATES):
         value = record.get(key)
-        kind, word = (str, "a string") if key in ("item", "text") else (bool, "true or false")
-        if not isinstance(value, kind) and (value is not None or key in ("item", "correct")):
-            raise ValueError(f'"{key}" must be {word}, not {value!r}')
+        if value is None and key not in ("item", "correct"):
+            continue
+        kind, words = (str, "a string") if key in ("item", "text") else (bool, "true or false")
+        if not isinstance(value, kind):
+            raise ValueError(f'"{key}" must be {words}, not {value!r}')
     for key, most in (("score", 1), ("seconds", 1e15), ("tokens", 1e15)):   # 1e15: sums stay finite
         value = record.get(key)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 <= value <= most):       # NaN compares false
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value <= most):    # NaN compares false
             raise ValueError(f'"{key}" must be a number in [0, {most:g}] or null, not {value!r}')
 
 
@@ -294,8 +288,8 @@ def measure_rubric_accuracy(verifier_model: Call, task_items: Iterable[Any],
                             rubric_prompt_fn: Call, task_native_scorer: Call) -> float:
     """Share of items whose verdict [score >= 0.5] agrees with exact match.
 
-    `verifier_model(prompt)` is a score in [0, 1], None, or a reply's text, which verifier.py
-    reads; `task_native_scorer(item)`: is the item's candidate right (a bool, or its .correct)?
+    `verifier_model(prompt)`: a score in [0, 1], None, or a reply, which verifier.py reads;
+    `task_native_scorer(item)`: is the item's candidate right (a bool, or its .correct)?
     """
     agreed = []
     for item in task_items:
@@ -327,6 +321,7 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float) -> Me
     form, or a reason for none. `pick_lift`, a mean over items: accuracy of the best-scored
     candidate (of several the mean; of all if no score was read) minus the mean candidate's.
     """
+    from replay import label_pairs
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         check_record(record)
@@ -334,35 +329,24 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float) -> Me
     if not groups:
         raise ValueError("no records to measure")
 
+    rows = list(groups.values())
     counts: dict[str, list[tuple[int, int]]] = defaultdict(list)    # name -> (a, b) of each item
-    picked_accuracy = []
-    for row in groups.values():
-        scores = [record["score"] for record in row if record["score"] is not None]
-        of_right = [agrees(record["score"], True) for record in row if record["correct"]]
-        of_wrong = [agrees(record["score"], False) for record in row if not record["correct"]]
-        counts["baseline_accuracy"].append((len(of_right), len(row)))
-        counts["rubric_accuracy"].append((sum(of_right) + sum(of_wrong), len(row)))
-        counts["agreement, right"].append((sum(of_right), len(of_right)))
-        counts["agreement, wrong"].append((sum(of_wrong), len(of_wrong)))
-        counts["accept_rate"].append((sum(score >= ACCEPT for score in scores), len(row)))
-        counts["parse_rate"].append((len(scores), len(row)))
-        for key, name in RATES.items():
-            known = [record.get(key) for record in row if record.get(key) is not None]
-            counts[name].append((known.count(True), len(known)))
-        best = max(scores, default=None)
-        picked = [record["correct"] for record in row if record["score"] == best]
-        picked_accuracy.append(fmean(picked))
+    for row in rows:
+        for name, count in _count_candidates(row).items():
+            counts[name].append(count)
     mean_accuracy = [right / size for right, size in counts["baseline_accuracy"]]
+    picked_accuracy = [right / size for right, size in counts.pop("picked, right")]
+
     balanced = balanced_ratio(counts.pop("agreement, right"), counts.pop("agreement, wrong"))
     figures = {name: clustered_ratio(items) for name, items in counts.items()}
-    for key, name in ITEM_RATES.items():
-        known = [row[0].get(key) for row in groups.values() if row[0].get(key) is not None]
+    for key, name in ITEM_RATES.items():            # the same in all records of an item
+        known = _known_values((row[0] for row in rows), key)
         figures[name] = proportion(known.count(True), len(known))
 
-    pairs = _form_pairs(groups, pair_rule)
+    pairs = label_pairs(groups, pair_rule)
     at_tau = _direction(pairs, min_margin)
     return {
-        "items": len(groups), "records": sum(map(len, groups.values())), "min_margin": min_margin,
+        "items": len(groups), "records": sum(map(len, rows)), "min_margin": min_margin,
         **{name: figure for name, figure in figures.items() if figure["n"]},
         "balanced_accuracy": balanced, "direction": at_tau["direction"],
         "mixed_share": proportion(at_tau["mixed"], at_tau["pairs"]),
@@ -370,29 +354,40 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float) -> Me
         "pick_lift": paired_difference(mean_accuracy, picked_accuracy)}
 
 
-def _form_pairs(groups: dict[str, list[Record]], pair_rule: Call) -> list[tuple[Record, Record]]:
-    """(chosen, rejected) of every item that gives a pair; without a text a candidate is its own."""
-    pairs = []
-    for item, row in groups.items():
-        texts = [record.get("text") for record in row]
-        names = [str(k) if text is None else text for k, text in enumerate(texts)]
-        outcome = pair_rule(item, names, [record["score"] for record in row])
-        if not isinstance(outcome, str):
-            pairs.append((row[outcome[0]], row[outcome[1]]))
-    return pairs
+def _count_candidates(row: Sequence[Record]) -> dict[str, tuple[int, int]]:
+    """(a, b) of an item by the name of a share: of b candidates it holds for a."""
+    size = len(row)
+    scores = _known_values(row, "score")
+    best = max(scores, default=None)
+    picked = [record["correct"] for record in row if record["score"] == best]
+    of_right = [agrees(record["score"], True) for record in row if record["correct"]]
+    of_wrong = [agrees(record["score"], False) for record in row if not record["correct"]]
+    counts = {
+        "baseline_accuracy": (len(of_right), size),
+        "rubric_accuracy": (sum(of_right) + sum(of_wrong), size),
+        "agreement, right": (sum(of_right), len(of_right)),
+        "agreement, wrong": (sum(of_wrong), len(of_wrong)),
+        "accept_rate": (sum(score >= ACCEPT for score in scores), size),
+        "parse_rate": (len(scores), size),
+        "picked, right": (sum(picked), len(picked)),
+    }
+    for key, name in RATES.items():
+        known = _known_values(row, key)
+        counts[name] = (known.count(True), len(known))
+    return counts
 
 
-def _direction(pairs: Sequence[tuple[Record, Record]], tau: float) -> dict[str, Any]:
+def _known_values(records: Iterable[Record], key: str) -> list[Any]:
+    """The values of a key in the records where it is neither absent nor null."""
+    return [record.get(key) for record in records if record.get(key) is not None]
+
+
+def _direction(pairs: Iterable[tuple[float, bool, bool]], tau: float) -> dict[str, Any]:
     """q(tau), and the numbers of pairs and of mixed pairs (one side right) with such a margin."""
-    sides = []
-    for chosen, rejected in pairs:
-        assert chosen["score"] is not None and rejected["score"] is not None
-        if round(chosen["score"] - rejected["score"], 9) >= tau:    # 0.7 - 0.2 reaches 0.5
-            sides.append((chosen["correct"], rejected["correct"]))
-    won = sides.count((True, False))
-    mixed = won + sides.count((False, True))
-    figure = proportion(won, mixed)
-    return {"min_margin": tau, "direction": figure, "pairs": len(sides), "mixed": mixed}
+    from replay import count_directions
+    counts = count_directions(pairs, tau)
+    q = proportion(counts.right_way, counts.mixed)
+    return {"min_margin": tau, "direction": q, "pairs": counts.pairs, "mixed": counts.mixed}
 
 
 # ---- decisions
@@ -409,14 +404,16 @@ def decide_before(
     """The rule "ours" above, or "paper", the published one alone. Own answers count if known."""
     assert rule in ("ours", "paper"), rule
     baseline = measures["baseline_accuracy"]
-    checks = [_not_below(f"agreement (verdicts read: {measures['parse_rate']['value']:.1%})",
-                         measures["rubric_accuracy"], "the candidates' mean correctness", baseline)]
+    name = f"agreement (verdicts read: {measures['parse_rate']['value']:.1%})"
+    agreement = measures["rubric_accuracy"]
+    checks = [_not_below(name, agreement, "the candidates' mean correctness", baseline)]
     if rule == "ours":
         checks.append(_direction_shown(measures, min_direction))
     if rule == "ours" and "own_answer_accuracy" in measures:
-        checks.append(_not_below(
-            "accuracy of the verifier's own answers", measures["own_answer_accuracy"],
-            "the student's accuracy", measures.get("greedy_accuracy") or baseline))
+        name = "accuracy of the verifier's own answers"
+        own = measures["own_answer_accuracy"]
+        student = measures.get("greedy_accuracy") or baseline
+        checks.append(_not_below(name, own, "the student's accuracy", student))
     passed = all(holds for holds, _ in checks)
     reasons = [reason for holds, reason in checks if holds == passed]
     return Decision("PASS" if passed else "BLOCK", reasons, measures)
@@ -463,6 +460,7 @@ def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = Tr
     p = mcnemar(before, after)
     old = proportion(sum(map(bool, before)), len(before))
     new = proportion(sum(map(bool, after)), len(after))
+    measures = {"baseline_accuracy": old, "final_accuracy": new, "difference": change, "p_value": p}
     outcome = (f"held-out accuracy went from {format_figure(old)} to {format_figure(new)}, "
                f"by {format_figure(change)}, exact McNemar p = {p:.2g}")
     faults = [] if trained else ["nothing was trained"]
@@ -470,8 +468,6 @@ def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = Tr
         faults.append(f"no gain: {outcome}")
     if trained and change["low"] <= min_low:
         faults.append(f"a change of {min_low:+g} is not excluded: {outcome}")
-    measures = {
-        "baseline_accuracy": old, "final_accuracy": new, "difference": change, "p_value": p}
     if faults:
         return Decision("REJECT", faults, measures)
     return Decision("PROMOTE", [f"a gain: {outcome}"], measures)
@@ -482,9 +478,9 @@ def verdict_costs(records: Sequence[Record]) -> dict[str, float]:
     """What a verdict cost: the median of seconds, which leaves out warm-up; the mean of tokens."""
     costs = {}
     for key, average in (("seconds", median), ("tokens", fmean)):
-        known = [record.get(key) for record in records if record.get(key) is not None]
+        known = _known_values(records, key)
         if known:
-            costs[f"{key}_per_verdict"] = average(cast(list[float], known))
+            costs[f"{key}_per_verdict"] = average(known)
     return costs
 
 
@@ -500,7 +496,7 @@ def check_same_candidates(records: dict[str, Sequence[Record]]) -> None:
     """ValueError unless all verifiers have scored the same candidates of the same items."""
     counts = {}
     for name, rows in records.items():
-        counts[name] = Counter((r["item"], r.get("text"), r["correct"]) for r in rows)
+        counts[name] = Counter((row["item"], row.get("text"), row["correct"]) for row in rows)
     first, *others = counts
     for other in others:
         for item, _, _ in (counts[first] - counts[other]) | (counts[other] - counts[first]):
@@ -511,10 +507,9 @@ def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
               ) -> tuple[Report, dict[str, Report]]:
     """The cheapest verifier that passes and is shown to agree nearly as often as the best.
 
-    The paper ranks by agreement on the task, not by size (R2), and finds that more compute buys
-    nothing (R3). Costs are seconds; unless all are known, the best is recommended. Returns the
-    report's `recommended` (a name or None) and `recommendation`, and each verifier's report with
-    `cost`, over the least, and `difference_from_best`, in agreement, paired by item.
+    The paper ranks by agreement, not by size (R2); more compute buys nothing (R3). Unless the costs
+    of all are known, the best is taken. Returns `recommended` (a name or None), `recommendation`,
+    and the reports with `cost`, over the least, and `difference_from_best`, in paired agreement.
     """
     check_same_candidates(records)
     agreement = {name: item_agreement(rows) for name, rows in records.items()}
@@ -531,11 +526,11 @@ def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
         ranked[name] = report | {"cost": cost, "difference_from_best": difference}
         if name in passed and (name == best or difference["low"] > -NEARLY):
             near.append(name)
+
     pick = best if passed else None
     if passed and least:
         pick = min(near, key=lambda name: ranked[name]["cost"])
-    advice = _advice(ranked, passed, best, pick)
-    return {"recommended": pick, "recommendation": advice}, ranked
+    return {"recommended": pick, "recommendation": _advice(ranked, passed, best, pick)}, ranked
 
 
 def _advice(reports: dict[str, Report], passed: list[str], best: str, pick: str | None) -> str:
@@ -596,12 +591,14 @@ class Config:
         given = {bool(value) for value in (self.student, self.verifier, self.task)}
         if given != {not self.records}:             # all three without records, none with them
             raise ValueError("give either --records, or all of --student, --verifier and --task")
+
         out = Path(self.out)
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder; the report is a file")
         for name, paths in (("records", self.records), ("data", [self.data])):
             if out.exists() and any(Path(path).is_file() and out.samefile(path) for path in paths):
                 raise ValueError(f"--out {out} would replace a file of --{name}")
+
         for option in fields(self):
             value = getattr(self, option.name)
             low, high = option.metadata["range"]
@@ -637,9 +634,9 @@ def print_reports(reports: dict[str, Report]) -> None:
     for name in list(costs):
         if any(report.get(name) is None for report in reports.values()):
             del costs[name]                         # not known of all
-    order = sorted(reports, key=lambda name: -reports[name]["rubric_accuracy"]["value"])
     head = [f"{name:20}" for name in figures] + [f"{name:>19}" for name in costs]
     print("verdict", *head, "verifier", sep="  ")
+    order = sorted(reports, key=lambda name: -reports[name]["rubric_accuracy"]["value"])
     for verifier in order:
         report = reports[verifier]
         cells = [f"{format_figure(report.get(name)):20}" for name in figures]
@@ -664,6 +661,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"gate.py: models cannot be asked: {error}", file=sys.stderr)
         return 1
+
     reports: dict[str, Report] = defaultdict(dict)  # by the verifier's name: its file or folder
     advice: Report = {}
     try:
@@ -675,6 +673,7 @@ def main(argv: list[str] | None = None) -> int:
                 records[name] = gather_records(
                     answers.items, greedy=answers.greedy, sample=answers.samples,
                     score=answers.verdicts, own=answers.own, correct=exact_match)
+
         for name, rows in records.items():
             measures = measure(rows, select_pair, cfg.min_margin)
             decision = decide_before(measures, cfg.rule, cfg.min_direction)
@@ -690,6 +689,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"gate.py: {error}", file=sys.stderr)
         return 2 if cfg.records else 1
+
     print_reports(reports)
     if advice:
         print(f"\n{advice['recommendation']}")

@@ -287,7 +287,8 @@ def judge_training_pairs(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], ite
     label = f"judging, iteration {number}"
     judged = ask_judge(run, vlm, pairs, items, label, sampling(run.cfg, number))
     judgments = chain.from_iterable(judged)
-    run.write_lines(f"pairs/judged-{number}.jsonl", [asdict(judgment) for judgment in judgments])
+    rows = [asdict(judgment) for judgment in judgments]
+    run.write_lines(f"pairs/judged-{number}.jsonl", rows)
     return judged
 
 
@@ -347,7 +348,9 @@ def evaluate(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: Sequence
 
 def close_iteration(state: State, figures: JudgeFigures) -> State:
     """The state after an iteration's last step, whose judge has these figures; the best iteration may be this one."""
-    best_figures = state.iterations[state.best - 1] if state.best else state.initial
+    best_figures = state.initial
+    if state.best:
+        best_figures = state.iterations[state.best - 1]
     best_accuracy = best_figures["heldout_accuracy"]["value"]
     accuracy = figures["heldout_accuracy"]["value"]
 
@@ -402,7 +405,11 @@ def save(run: Run, state: State, vlm: VLM, optimiser: torch.optim.Optimizer) -> 
     phase = 2 * len(state.iterations)
     if state.examples is not None:
         phase += 1
-    content = {"step": state.step, "state": state_fields(state), **training_state(vlm, optimiser)}
+    content = {
+        "step": state.step,
+        "state": state_fields(state),
+        **training_state(vlm, optimiser),
+    }
     run.save(f"step-{state.step:06d}-{phase:03d}", content)
 
 

@@ -8,8 +8,8 @@
               buffer
 
 "When Good Verifiers Go Bad" (arXiv 2606.14629) says that only pairs with a high margin enter the
-replay buffer. Threshold, capacity, ratio and eviction are not published; they are ours. No
-function here reads a label.
+replay buffer. Threshold, capacity, ratio and eviction are not published; they are ours. Nothing
+here that trains reads a label; `label_pairs` and `count_directions` do, for the gate and the log.
 
 What does the gate do to the update? The paper announces a theorem on variance, whose text is not
 known to us, so this is ours. Take a pair with exactly one right side. Let m be its margin, g its
@@ -42,7 +42,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,8 @@ def _draw(item_id: str, texts: Sequence[str], index: int) -> bytes:
     """A candidate's lot: the hash of its item, its text, and how often that text came before it."""
     text = texts[index]
     occurrence = texts[:index].count(text)
-    return hashlib.sha256(repr((item_id, text, occurrence)).encode()).digest()
+    key = repr((item_id, text, occurrence))
+    return hashlib.sha256(key.encode()).digest()
 
 
 def form_pairs(
@@ -145,6 +146,63 @@ def form_pairs(
     return pairs, refused
 
 
+# ---- which way the pairs point: for the gate and the log, which know labels
+
+LabelledPair = tuple[float, bool, bool]         # margin, is chosen right?, is rejected right?
+
+
+@dataclass(frozen=True)
+class Directions:
+    """How many pairs have a margin of at least tau; right_way / mixed estimates q(tau)."""
+    pairs: int
+    mixed: int                                  # exactly one side is right
+    right_way: int                              # mixed, with the chosen side right: d = +1
+
+
+def label_pairs(
+    records: Mapping[str, Sequence[Any]], pair_rule: Callable[..., tuple[int, int] | str]
+) -> list[LabelledPair]:
+    """The pair of every item that gives one by `pair_rule`, which is called as `select_pair` is.
+
+    `records` holds each item's candidates: mappings with "score", "correct" and, if known, "text".
+    A candidate without a text is like no other.
+    """
+    pairs = []
+    for item_id, candidates in records.items():
+        texts = []
+        for number, candidate in enumerate(candidates):
+            text = candidate.get("text")
+            texts.append(str(number) if text is None else text)
+        scores = [candidate["score"] for candidate in candidates]
+        outcome = pair_rule(item_id, texts, scores)
+        if isinstance(outcome, str):
+            continue
+
+        top, bottom = outcome
+        pair_margin = margin(scores[top], scores[bottom])
+        chosen_right = candidates[top]["correct"]
+        rejected_right = candidates[bottom]["correct"]
+        pairs.append((pair_margin, chosen_right, rejected_right))
+    return pairs
+
+
+def count_directions(pairs: Iterable[LabelledPair], tau: float) -> Directions:
+    """Count the pairs whose margin is at least tau. Nothing that trains may depend on it."""
+    count = 0
+    mixed = 0
+    right_way = 0
+    for pair_margin, chosen_right, rejected_right in pairs:
+        if pair_margin >= tau:
+            count += 1
+            if chosen_right != rejected_right:
+                mixed += 1
+                if chosen_right:
+                    right_way += 1
+    return Directions(count, mixed, right_way)
+
+
+# ---- the buffer
+
 class ReplayBuffer:
     """First in, first out: at most `capacity` pairs, each of a margin of at least `min_margin`."""
 
@@ -175,20 +233,24 @@ class ReplayBuffer:
         """
         if not 0.0 <= ratio < 1.0:
             raise ValueError(f"the replay ratio must lie in [0, 1), not {ratio}")
-        rng = random.Random(seed)
         buffered = list(self.pairs)
-        replayed = min(round(ratio * batch_size), batch_size - 1, len(buffered))
-        fresh_size = batch_size - replayed
+        replayed_size = round(ratio * batch_size)
+        replayed_size = min(replayed_size, batch_size - 1, len(buffered))
+        fresh_size = batch_size - replayed_size
 
+        rng = random.Random(seed)
         order: list[Pair] = []
         for _ in range(epochs):
             order += rng.sample(list(fresh), len(fresh))
+        end = min(len(order), max_steps * fresh_size)
 
         batches = []
-        for start in range(0, min(len(order), max_steps * fresh_size), fresh_size):
+        for start in range(0, end, fresh_size):
             batch = order[start:start + fresh_size]
             in_batch = set(batch)
             others = [pair for pair in buffered if pair not in in_batch]
             distinct = list(dict.fromkeys(others))      # an item may have come round again
-            batches.append(batch + rng.sample(distinct, min(replayed, len(distinct))))
+            count = min(replayed_size, len(distinct))
+            replayed = rng.sample(distinct, count)
+            batches.append(batch + replayed)
         return batches

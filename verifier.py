@@ -72,7 +72,8 @@ def rubric_chat(chat: Chat, candidate: str) -> Chat:
     before = {"type": "text", "text": RUBRIC}
     after = {"type": "text", "text": CANDIDATE + candidate}
     content = [before, *_parts(chat), after]
-    return [*chat[:-1], {"role": "user", "content": content}]
+    earlier = chat[:-1]
+    return [*earlier, {"role": "user", "content": content}]
 
 
 def comparison_chat(chat: Chat, first: str, second: str) -> Chat:
@@ -92,7 +93,8 @@ def framed_chat(chat: Chat, before: str, after: str) -> Chat:
 
     content.insert(pictures, {"type": "text", "text": before})
     content.append({"type": "text", "text": after})
-    return [*chat[:-1], {"role": "user", "content": content}]
+    earlier = chat[:-1]
+    return [*earlier, {"role": "user", "content": content}]
 
 
 def _parts(chat: Chat) -> list[dict[str, Any]]:
@@ -116,8 +118,9 @@ def score_candidates(answer: Callable[[list[Chat]], Sequence[Reply]], chats: lis
     prompts = _rubric_prompts(chats, candidates)
     scores = []
     for reply in answer(list(prompts.values())):
+        value = parse_score(reply.text)
         truncated = reply.finish_reason == "length"
-        scores.append(Score(parse_score(reply.text), reply.text, truncated))
+        scores.append(Score(value, reply.text, truncated))
     return _scores_by_item(prompts, scores, candidates)
 
 
@@ -141,14 +144,16 @@ def _expected_score(first: Sequence[float], second: Sequence[float]) -> Score:
     `first` and `second` hold the probabilities of the digits 0 to 9 before and after the point.
     There is no score where neither 0 nor 1 is likely to come first: none would be replied.
     """
-    begins_with_score = first[0] + first[1] >= 0.5
+    p_zero = first[0]
+    p_one = first[1]
+    begins_with_score = p_zero + p_one >= 0.5
     if not begins_with_score:
         return Score(None, "")
 
     total = sum(second)                     # below 1: other tokens than digits may come next
     weighted = sum(digit * p for digit, p in enumerate(second))
     decimals = weighted / (10 * total) if total else 0.0
-    value = min(first[1] + first[0] * decimals, 1.0)
+    value = min(p_one + p_zero * decimals, 1.0)
     return Score(value, f'{{"score": {value:.3f}}}')
 
 
@@ -203,14 +208,16 @@ def pairwise_scores(answer: Callable[[list[Chat]], Sequence[Reply]], chats: list
 
     prompts = {}
     for item, texts in enumerate(candidates):
-        for first, second in permutations(dict.fromkeys(texts), 2):
+        distinct = dict.fromkeys(texts)
+        for first, second in permutations(distinct, 2):
             prompts[item, first, second] = comparison_chat(chats[item], first, second)
 
     replies = answer(list(prompts.values()))
     comparisons: _Comparisons = {}
     for key, reply in zip(prompts, replies, strict=True):
+        side = parse_preference(reply.text)
         truncated = reply.finish_reason == "length"
-        comparisons[key] = _Comparison(parse_preference(reply.text), truncated)
+        comparisons[key] = _Comparison(side, truncated)
 
     scores = []
     for item, texts in enumerate(candidates):
@@ -228,18 +235,21 @@ def _share_won(comparisons: _Comparisons, item: int, texts: list[str], text: str
     equals = len(texts) - 1 - len(others)   # candidates of the same text beside this one
     total = 2 * (len(texts) - 1)
 
-    shown_first = [comparisons[item, text, other] for other in others]
-    shown_second = [comparisons[item, other, text] for other in others]
-    sides_if_first = [comparison.side for comparison in shown_first]
-    sides_if_second = [comparison.side for comparison in shown_second]
+    results = []                            # (the place where `text` was shown, the outcome)
+    for other in others:
+        results.append((1, comparisons[item, text, other]))
+        results.append((2, comparisons[item, other, text]))
 
     # Whatever a judge says of two equal texts, each of them wins one of the two orders.
-    won = equals + sides_if_first.count(1) + sides_if_second.count(2)
-    sides = sides_if_first + sides_if_second
+    won = equals
+    for place, comparison in results:
+        if comparison.side == place:
+            won += 1
+    sides = [comparison.side for _, comparison in results]
     none_read = bool(sides) and sides.count(None) == len(sides)
     value = None if total == 0 or none_read else won / total
 
-    truncated = any(comparison.truncated for comparison in shown_first + shown_second)
+    truncated = any(comparison.truncated for _, comparison in results)
     return Score(value, f"{won} of {total} won", truncated)
 
 
@@ -405,16 +415,20 @@ def _is_stated(preference: re.Match[str]) -> bool:
 
 def _text_before(match: re.Match[str], width: int) -> str:
     """At most `width` characters that precede a match."""
-    start = match.start()
-    return match.string[max(0, start - width):start]
+    end = match.start()
+    start = max(0, end - width)
+    return match.string[start:end]
 
 
 def _label(preference: re.Match[str]) -> str:
     """The label in a match of _PREFERENCE: the text of the one group that took part."""
-    return next(label for label in preference.groups() if label is not None)
+    labels = [label for label in preference.groups() if label is not None]
+    return labels[0]
 
 
 def _side(label: str) -> int | None:
     """1 for the label "1" or "A", 2 for "2" or "B", as _LABEL allows; else None."""
     match = _LABEL.fullmatch(label.strip(' "'))
-    return _SIDE.get(match[1].lower()) if match else None
+    if match is None:
+        return None
+    return _SIDE.get(match[1].lower())

@@ -9,7 +9,7 @@ from eval import score as exact_match
 from gate import proportion
 from loop.run import Run
 from model import Completion
-from replay import Pair
+from replay import Pair, count_directions
 from tasks import Item
 from verifier import Score
 
@@ -47,16 +47,18 @@ def pair_directions(pairs: Sequence[Pair], items: Sequence[Item]) -> dict[str, A
     may depend on it.
     """
     answered = {item.id: item for item in items if item.answer is not None}
-    mixed = 0
-    right_way = 0                                       # mixed pairs whose chosen side is the right one
+    sides = []                                          # (margin, is chosen right, is rejected right)
     for pair in pairs:
         if pair.item_id not in answered:
             continue
         item = answered[pair.item_id]
         chosen_right = exact_match(item, pair.chosen_text).correct
         rejected_right = exact_match(item, pair.rejected_text).correct
-        if chosen_right != rejected_right:
-            mixed += 1
-            if chosen_right:
-                right_way += 1
-    return {"mixed": mixed, "right_way": right_way, "direction": proportion(right_way, mixed)}
+        sides.append((pair.margin, chosen_right, rejected_right))
+
+    counts = count_directions(sides, tau=0.0)
+    return {
+        "mixed": counts.mixed,
+        "right_way": counts.right_way,
+        "direction": proportion(counts.right_way, counts.mixed),
+    }

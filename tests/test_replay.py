@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import replay
-from replay import REFUSALS, Pair, ReplayBuffer, select_pair
+from replay import REFUSALS, Directions, Pair, ReplayBuffer, count_directions, label_pairs, select_pair
 
 ROOT = Path(replay.__file__).parent
 
@@ -155,6 +155,32 @@ def test_bad_buffers(capacity: int, tau: float) -> None:
     wrong = capacity if capacity < 1 else tau
     with pytest.raises(ValueError, match=str(wrong)):
         ReplayBuffer(capacity, tau)
+
+
+# ---- which way the pairs point
+
+def test_label_pairs() -> None:
+    """By a rule that is called with the item, its texts (a number where there is none) and its scores."""
+    asked = []
+
+    def rule(item: str, texts: list[str], scores: list[float | None]) -> tuple[int, int] | str:
+        asked.append((item, texts, scores))
+        return select_pair(item, texts, scores)
+    records = {
+        "a": [{"score": 0.2, "correct": True, "text": "1"}, {"score": 0.7, "correct": False, "text": "1."}],
+        "b": [{"score": 0.5, "correct": True}, {"score": 0.5, "correct": False}],
+        "c": [{"score": None, "correct": True}, {"score": 0.1, "correct": False}, {"score": 1, "correct": True}]}
+    assert label_pairs(records, rule) == [(0.5, False, True), (0.9, True, False)]      # 0.7 - 0.2 is 0.5
+    assert asked == [("a", ["1", "1."], [0.2, 0.7]), ("b", ["0", "1"], [0.5, 0.5]),
+                     ("c", ["0", "1", "2"], [None, 0.1, 1])]
+
+
+def test_count_directions() -> None:
+    pairs = [(0.2, True, False), (0.5, True, False), (0.5, True, True), (0.6, False, False), (1.0, False, True)]
+    assert count_directions(pairs, 0.0) == Directions(pairs=5, mixed=3, right_way=2)
+    assert count_directions(pairs, 0.5) == Directions(pairs=4, mixed=2, right_way=1)
+    assert count_directions(pairs, 0.7) == Directions(pairs=1, mixed=1, right_way=0)
+    assert count_directions([], 0.0) == Directions(0, 0, 0)
 
 
 # ---- what the gate does to the update: the docstring's proposition
