@@ -393,7 +393,7 @@ def _direction(pairs: Iterable[tuple[float, bool, bool]], tau: float) -> dict[st
 # ---- decisions
 @dataclass(frozen=True)
 class Decision:
-    """PASS or BLOCK before training, PROMOTE or REJECT after it; a no names all that failed."""
+    """PASS or BLOCK before training, PROMOTE or REJECT after; a refusal names all that failed."""
     verdict: str
     reasons: list[str]
     measures: Measures
@@ -539,7 +539,7 @@ def _advice(reports: dict[str, Report], passed: list[str], best: str, pick: str 
         return f"Of {len(reports)} verifiers measured none passes, so none is recommended."
     if reports[pick]["cost"] is None:
         return (f"{pick} is recommended: of {len(passed)} verifiers that pass it agrees best; what "
-                "a verdict costs is not known of all.")
+                "a verdict costs is not known of all (0 seconds count as unknown).")
     if len(passed) == 1:
         return (f"{pick} is recommended: of {len(reports)} verifiers measured no other passes, so "
                 "what more or less verifier compute would buy was not measured.")
@@ -603,8 +603,8 @@ class Config:
             value = getattr(self, option.name)
             low, high = option.metadata["range"]
             if isinstance(value, (int, float)) and not low <= value <= high:        # or NaN
-                name = option.name.replace("_", "-")
-                raise ValueError(f"--{name} must lie in [{low:g}, {high:g}], not {value}")
+                allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+                raise ValueError(f"--{option.name.replace('_', '-')} must be {allowed}, not {value}")
 
 
 def build_parser() -> argparse.ArgumentParser:
