@@ -604,7 +604,7 @@ class Config:
             low, high = option.metadata["range"]
             if isinstance(value, (int, float)) and not low <= value <= high:        # or NaN
                 allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-                raise ValueError(f"--{option.name.replace('_', '-')} must be {allowed}, not {value}")
+                raise ValueError(f"--{option.name} must be {allowed}, not {value}".replace("_", "-"))
 
 
 def build_parser() -> argparse.ArgumentParser:
