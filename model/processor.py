@@ -98,6 +98,11 @@ class Processor:
         """The row with its positions."""
         raise NotImplementedError
 
+    def limit_pixels(self, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        """Bound the area of a resized picture. ValueError for a family that does not resize by area."""
+        if min_pixels is not None or max_pixels is not None:
+            raise ValueError("min_pixels and max_pixels have no effect on this model: its pictures are cut into tiles")
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -119,7 +124,7 @@ class Processor:
 class QwenProcessor(Processor):
     """Qwen3-VL: no default system prompt; every picture is wrapped in vision_start / vision_end.
 
-    `min_pixels` and `max_pixels` bound the area of a resized picture; set them lower for speed.
+    `min_pixels` and `max_pixels` bound the area of a resized picture; lower them for speed and memory.
     """
 
     DEFAULT_SYSTEM: str | None = None
@@ -149,7 +154,7 @@ class QwenProcessor(Processor):
 
     @min_pixels.setter
     def min_pixels(self, value: int) -> None:
-        self._set_limits(value, self.max_pixels)
+        self.limit_pixels(min_pixels=value)
 
     @property
     def max_pixels(self) -> int:
@@ -157,13 +162,16 @@ class QwenProcessor(Processor):
 
     @max_pixels.setter
     def max_pixels(self, value: int) -> None:
-        self._set_limits(self.min_pixels, value)
+        self.limit_pixels(max_pixels=value)
 
-    def _set_limits(self, low: int, high: int) -> None:
-        if not 0 < low <= high:
-            raise ValueError(f"pixel limits must satisfy 0 < min_pixels <= max_pixels, not {low} and {high}")
-        self.images.min_pixels = low
-        self.images.max_pixels = high
+    def limit_pixels(self, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        """Bound the area of a resized picture; None leaves a limit as it is. ValueError for limits that none can keep.
+        """
+        if min_pixels is None:
+            min_pixels = self.min_pixels
+        if max_pixels is None:
+            max_pixels = self.max_pixels
+        self.images.limit(min_pixels, max_pixels)
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
         """<|im_start|>ROLE newline CONTENT<|im_end|> newline, turn after turn."""
@@ -350,9 +358,17 @@ def message_parts(message: dict) -> list[str | Image.Image]:
 # ---- the tokenizer
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of `folder`, set to read special tokens inside a text as plain text."""
+    """tokenizer.json of `folder`, set to encode every text whole and special tokens inside it as plain text.
+
+    Training tools leave their own truncation, padding and merge dropout in the file. These were meant for their
+    batches: here they would cut or fill up each piece of a prompt. The file itself is left as it is.
+    """
     read_settings(folder, "tokenizer.json")["model"]    # a clear error if it is absent, cut short or something else
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
