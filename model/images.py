@@ -243,7 +243,8 @@ class QwenImages(PictureReader):
         return (1, h, w), h * w // self.merge ** 2
 
     def key(self, levels: np.ndarray) -> str:
-        return picture_key(levels, self.normalize, self.patch, self.merge, self.frames)
+        sizes = (self.patch, self.merge, self.frames)
+        return picture_key(levels, self.normalize, *sizes)
 
     def make_pixels(self, levels: np.ndarray) -> Tensor:
         """Normalise and cut into patches: blocks of m x m patches in raster order, and so inside a block."""
@@ -339,7 +340,8 @@ class MllamaImages(PictureReader):
         return (1, rows, columns), 1
 
     def key(self, levels: np.ndarray) -> str:
-        return picture_key(levels, self.normalize, self.tile, self.max_tiles)
+        sizes = (self.tile, self.max_tiles)
+        return picture_key(levels, self.normalize, *sizes)
 
     def make_pixels(self, levels: np.ndarray) -> Tensor:
         """Normalise and cut into tiles."""

@@ -70,7 +70,7 @@ class Processor:
             except ValueError as error:
                 raise ValueError(f"chat {number}: {error}") from None
         for picture in preprocessed.values():
-            pictures[picture.key] = picture
+            pictures.setdefault(picture.key, picture)   # of equal ones the first, whose resized levels are at hand
         return rows
 
     def _encode_parts(self, parts: list[Part], preprocessed: dict[int, Picture]) -> Row:
@@ -147,6 +147,7 @@ class QwenProcessor(Processor):
             self.image_id,
             config["video_token_id"],
         ]
+        mark_special(self.tokenizer, [self.turn_start_id, self.turn_end_id, self.pad_id, *self.never_sampled])
 
     @property
     def min_pixels(self) -> int:
@@ -225,6 +226,8 @@ class MllamaProcessor(Processor):
         self.turn_end_id = token_id(self.tokenizer, "<|eot_id|>")
         self.pad_id = token_id(self.tokenizer, "<|finetune_right_pad_id|>")
         self.never_sampled = [self.image_id]
+        header_ids = [self.header_start_id, self.header_end_id]
+        mark_special(self.tokenizer, [self.begin_id, *header_ids, self.turn_end_id, self.pad_id, self.image_id])
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
         """<|begin_of_text|>, then <|start_header_id|>ROLE<|end_header_id|> two newlines CONTENT<|eot_id|> a turn."""
@@ -379,3 +382,16 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     if number is None:
         raise ValueError(f"the tokenizer lacks the control token {token}")
     return number
+
+
+def mark_special(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Make sure that the tokenizer takes these control tokens for special ones.
+
+    Some tools save them as ordinary added tokens. A text that spells one would then hold it, and answers would show it.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    for number in ids:
+        if number in added and not added[number].special:
+            token = added[number]
+            token.special = True
+            tokenizer.add_special_tokens([token])
