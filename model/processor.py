@@ -367,6 +367,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     batches: here they would cut or fill up each piece of a prompt. The file itself is left as it is.
     """
     read_settings(folder, "tokenizer.json")["model"]    # a clear error if it is absent, cut short or something else
+    if (Path(folder) / "tokenizer_config.json").exists():
+        read_settings(folder, "tokenizer_config.json")  # likewise, and now: it is read when the model is saved
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -233,6 +233,13 @@ def test_settings_absent_or_cut_short(name: str, folder: Path) -> None:
         load_vlm(folder)
 
 
+def test_tokenizer_settings_cut_short(folder: Path) -> None:
+    """Not needed, but where they are there they are read when the model is saved, after hours of training."""
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{% for')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        load_vlm(folder)
+
+
 # By family: (object of config.json or None for the top, field).
 PUBLISHED_FIELDS = {
     "qwen3_vl": [
