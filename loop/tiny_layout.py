@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from model import FAMILIES
-from model.checkpoint import read_settings
+from model.checkpoint import add_chat_template, read_settings
 from model.vlm import VLM
 from tasks.shapes import QUESTIONS
 from verifier import COMPARISON
@@ -30,9 +30,10 @@ def new_model(folder: Path, seed: int, tokenizer: Tokenizer) -> VLM:
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in settings(tokenizer).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    config = read_settings(folder, "config.json")
+    add_chat_template(folder, config["model_type"])
 
     torch.manual_seed(seed)
-    config = read_settings(folder, "config.json")
     vlm = FAMILIES[config["model_type"]](config)
     torch.nn.init.normal_(vlm.decoder.embed_tokens.weight, std=0.05)
     torch.nn.init.normal_(vlm.tower.pos_embed.weight, std=0.5)              # smaller delays the tasks about places

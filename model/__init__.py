@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import copy_settings, load_weights, read_settings, resolve_folder, save_weights, whole_folder
+from .checkpoint import (
+    add_chat_template,
+    copy_settings,
+    load_weights,
+    read_settings,
+    resolve_folder,
+    save_weights,
+    whole_folder,
+)
 from .lora import merged_parameters
 from .mllama import Mllama
 from .qwen2_5_vl import Qwen25VL
@@ -60,11 +68,13 @@ def read_stop_ids(folder: Path) -> frozenset[int]:
 def save_vlm(vlm: VLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write `vlm` in the layout it was loaded from, whole or not at all; `dtype` None keeps the weights' own.
 
-    Adapters are merged into the weights that they adapt.
+    Adapters are merged into the weights that they adapt. The files beside the weights are copied as they are; a folder
+    without a chat template gets its family's, so that it can be served.
     """
     tensors = {}
     for name, parameter in merged_parameters(vlm).items():
         tensors[vlm.disk_names[name]] = parameter
     with whole_folder(Path(directory)) as folder:
         copy_settings(vlm.folder, folder)
+        add_chat_template(folder, read_settings(vlm.folder, "config.json")["model_type"])
         save_weights(tensors, folder, dtype)

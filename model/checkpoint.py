@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,12 @@ INDEX = "model.safetensors.index.json"                  # or in shards: this fil
 SHARD_BYTES = 5_000_000_000                             # the largest shard that is written
 READ_BYTES = 1 << 24                                    # read at once when a file is hashed
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-COPIED_FILES = ("*.json", "*.jinja", "merges.txt", "LICENSE*")      # what a model folder holds beside its weights
+# What a model folder holds beside its weights: settings, tokenizer, chat templates, the licence and its conditions.
+COPIED_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "README.md", "LICENSE*",
+                "NOTICE*", "USE_POLICY.md")
+CHAT_TEMPLATES = Path(__file__).parent / "templates"    # one a family, MODEL_TYPE.jinja
+ROPE_TYPES = ("default", "llama3")                      # the rotary frequencies that a family computes
+ADAM_MOMENTS = 2                                        # of each trained weight
 
 # Fields of the settings files by what they must hold. Settings checks a field when it is read.
 POSITIVE_INTEGERS = frozenset((
@@ -98,11 +103,50 @@ def renamed_field(settings: Settings, name: str, other_name: str) -> Any:
 
 
 def rope_settings(text_config: Settings) -> tuple[float, Settings]:
-    """(theta, scaling) of a text config: `rope_parameters` as transformers 5 writes it, or the older two fields."""
-    if "rope_parameters" in text_config:
-        rope = text_config["rope_parameters"]
-        return rope["rope_theta"], rope
-    return text_config["rope_theta"], text_config["rope_scaling"]
+    """(theta, scaling) of a text config, in any of its spellings; scaling["rope_type"] is one of ROPE_TYPES.
+
+        published       "rope_theta": 5e6, "rope_scaling": {"rope_type": "default", "mrope_section": ..}
+        older           "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": ..}
+        transformers 5  "rope_parameters": {"rope_theta": 5e6, "rope_type": "default", "mrope_section": ..}
+        by layer type   "rope_parameters": {"full_attention": {"rope_theta": 5e6, ..}, ..}
+
+    Where a file holds both, rope_scaling counts, as in transformers. ValueError for what would give other frequencies.
+    """
+    rope = text_config.get("rope_scaling") or text_config.get("rope_parameters")
+    if rope is None:
+        rope = text_config["rope_scaling"]              # the error says what is wrong with it
+    rope = _of_all_layers(rope, text_config)
+
+    theta = rope["rope_theta"] if "rope_theta" in rope else text_config["rope_theta"]
+    if type(theta) not in (int, float) or not theta > 0:
+        raise ValueError(f"{text_config.source}: rope_theta is {theta!r:.80}, not a positive number")
+
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "mrope":                                 # an older name: its frequencies are the usual ones
+        kind = "default"
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"{text_config.source}: rope_type {kind!r:.80} is not one of {', '.join(ROPE_TYPES)}")
+    for fields in (rope, text_config):
+        share = fields.get("partial_rotary_factor", 1)
+        if share != 1:
+            raise ValueError(f"{text_config.source}: partial_rotary_factor is {share!r:.80}; whole heads are rotated")
+
+    scaling = Settings(rope)
+    scaling["rope_type"] = kind
+    scaling.source = text_config.source
+    return theta, scaling
+
+
+def _of_all_layers(rope: Settings, text_config: Settings) -> Settings:
+    """The rope settings that all layers share, where the file gives them for each type of attention layer."""
+    by_layer_type = bool(rope) and all(isinstance(value, Settings) for value in rope.values())
+    if not by_layer_type:
+        return rope
+    layer_types = text_config.get("layer_types") or list(rope)
+    first, *others = [rope[layer_type] for layer_type in sorted(set(layer_types))]
+    if any(settings != first for settings in others):
+        raise ValueError(f"{text_config.source}: rope_parameters differ between types of attention layers")
+    return first
 
 
 # ---- folders
@@ -346,8 +390,49 @@ def _save_shard(shard: dict[str, Tensor], path: Path, dtype: torch.dtype | None)
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy config, tokenizer, preprocessor and generation files; the index of the weights is not among them."""
+    """Copy the files beside the weights as they are; the index of the weights is not among them."""
     for pattern in COPIED_FILES:
         for path in sorted(source.glob(pattern)):
             if path.name != INDEX:
-                shutil.copyfile(path, target / path.name)
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def add_chat_template(folder: Path, model_type: str) -> None:
+    """Write the family's chat template into a folder that holds none in any form.
+
+    Prompts are made by the family's format whatever template a folder holds. So a folder that was trained and measured
+    with them is served with them, too.
+    """
+    for name in ("chat_template.jinja", "chat_template.json"):
+        if (folder / name).exists():
+            return
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer_config = read_settings(folder, "tokenizer_config.json")
+        if tokenizer_config.get("chat_template"):
+            return
+    shutil.copyfile(CHAT_TEMPLATES / f"{model_type}.jinja", folder / "chat_template.jinja")
+
+
+# ---- sizes, from shapes alone
+
+def training_bytes(model: nn.Module) -> int:
+    """Bytes of one training checkpoint on disk: the weights that are trained, and Adam's two moments of each.
+
+    Both are fp32 where the weights are. A new checkpoint is written before an old one goes.
+    """
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return trained * (1 + ADAM_MOMENTS)
+
+
+def saved_bytes(model: nn.Module, disk_names: Iterable[str], dtype: torch.dtype | None = None) -> int:
+    """Bytes of the weights that save_weights writes in `dtype` (None: their own), adapters merged into them.
+
+    `disk_names`: the names of the parameters that the files hold.
+    """
+    total = 0
+    for name in disk_names:
+        parameter = model.get_parameter(name)
+        total += parameter.numel() * (dtype or parameter.dtype).itemsize
+    return total

@@ -70,7 +70,7 @@ class Processor:
             except ValueError as error:
                 raise ValueError(f"chat {number}: {error}") from None
         for picture in preprocessed.values():
-            pictures[picture.key] = picture
+            pictures.setdefault(picture.key, picture)   # of equal ones the first, whose resized levels are at hand
         return rows
 
     def _encode_parts(self, parts: list[Part], preprocessed: dict[int, Picture]) -> Row:
@@ -98,6 +98,11 @@ class Processor:
         """The row with its positions."""
         raise NotImplementedError
 
+    def limit_pixels(self, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        """Bound the area of a resized picture. ValueError for a family that does not resize by area."""
+        if min_pixels is not None or max_pixels is not None:
+            raise ValueError("min_pixels and max_pixels have no effect on this model: its pictures are cut into tiles")
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -119,7 +124,7 @@ class Processor:
 class QwenProcessor(Processor):
     """Qwen3-VL: no default system prompt; every picture is wrapped in vision_start / vision_end.
 
-    `min_pixels` and `max_pixels` bound the area of a resized picture; set them lower for speed.
+    `min_pixels` and `max_pixels` bound the area of a resized picture; lower them for speed and memory.
     """
 
     DEFAULT_SYSTEM: str | None = None
@@ -142,6 +147,7 @@ class QwenProcessor(Processor):
             self.image_id,
             config["video_token_id"],
         ]
+        mark_special(self.tokenizer, [self.turn_start_id, self.turn_end_id, self.pad_id, *self.never_sampled])
 
     @property
     def min_pixels(self) -> int:
@@ -149,7 +155,7 @@ class QwenProcessor(Processor):
 
     @min_pixels.setter
     def min_pixels(self, value: int) -> None:
-        self._set_limits(value, self.max_pixels)
+        self.limit_pixels(min_pixels=value)
 
     @property
     def max_pixels(self) -> int:
@@ -157,13 +163,16 @@ class QwenProcessor(Processor):
 
     @max_pixels.setter
     def max_pixels(self, value: int) -> None:
-        self._set_limits(self.min_pixels, value)
+        self.limit_pixels(max_pixels=value)
 
-    def _set_limits(self, low: int, high: int) -> None:
-        if not 0 < low <= high:
-            raise ValueError(f"pixel limits must satisfy 0 < min_pixels <= max_pixels, not {low} and {high}")
-        self.images.min_pixels = low
-        self.images.max_pixels = high
+    def limit_pixels(self, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        """Bound the area of a resized picture; None leaves a limit as it is. ValueError for limits that none can keep.
+        """
+        if min_pixels is None:
+            min_pixels = self.min_pixels
+        if max_pixels is None:
+            max_pixels = self.max_pixels
+        self.images.limit(min_pixels, max_pixels)
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
         """<|im_start|>ROLE newline CONTENT<|im_end|> newline, turn after turn."""
@@ -217,6 +226,8 @@ class MllamaProcessor(Processor):
         self.turn_end_id = token_id(self.tokenizer, "<|eot_id|>")
         self.pad_id = token_id(self.tokenizer, "<|finetune_right_pad_id|>")
         self.never_sampled = [self.image_id]
+        header_ids = [self.header_start_id, self.header_end_id]
+        mark_special(self.tokenizer, [self.begin_id, *header_ids, self.turn_end_id, self.pad_id, self.image_id])
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
         """<|begin_of_text|>, then <|start_header_id|>ROLE<|end_header_id|> two newlines CONTENT<|eot_id|> a turn."""
@@ -350,9 +361,19 @@ def message_parts(message: dict) -> list[str | Image.Image]:
 # ---- the tokenizer
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of `folder`, set to read special tokens inside a text as plain text."""
+    """tokenizer.json of `folder`, set to encode every text whole and special tokens inside it as plain text.
+
+    Training tools leave their own truncation, padding and merge dropout in the file. These were meant for their
+    batches: here they would cut or fill up each piece of a prompt. The file itself is left as it is.
+    """
     read_settings(folder, "tokenizer.json")["model"]    # a clear error if it is absent, cut short or something else
+    if (Path(folder) / "tokenizer_config.json").exists():
+        read_settings(folder, "tokenizer_config.json")  # likewise, and now: it is read when the model is saved
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -363,3 +384,16 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     if number is None:
         raise ValueError(f"the tokenizer lacks the control token {token}")
     return number
+
+
+def mark_special(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Make sure that the tokenizer takes these control tokens for special ones.
+
+    Some tools save them as ordinary added tokens. A text that spells one would then hold it, and answers would show it.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    for number in ids:
+        if number in added and not added[number].special:
+            token = added[number]
+            token.special = True
+            tokenizer.add_special_tokens([token])

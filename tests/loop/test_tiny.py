@@ -87,8 +87,8 @@ def test_small_enough_to_ship() -> None:
     sizes = {path: path.stat().st_size for path in TINY.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert sum(sizes.values()) < 5_000_000
     assert {path.parent.name for path in sizes if path.name == "model.safetensors"} == {*NAMES, "judge"}
-    expected = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
-                "tokenizer.json", "tokenizer_config.json"}
+    expected = {"chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+                "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert all({path.name for path in (TINY / name).iterdir()} == expected for name in (*NAMES, "judge"))
 
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import checkpoint, load_vlm, save_vlm
+from model import FAMILIES, checkpoint, load_vlm, save_vlm
+from model.lora import add_adapters
+from published import CONFIGS as PUBLISHED
+from published import PARAMETERS
 from tiny import CONFIGS, disk_name, write_checkpoint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -230,6 +233,13 @@ def test_settings_absent_or_cut_short(name: str, folder: Path) -> None:
         load_vlm(folder)
 
 
+def test_tokenizer_settings_cut_short(folder: Path) -> None:
+    """Not needed, but where they are there they are read when the model is saved, after hours of training."""
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{% for')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        load_vlm(folder)
+
+
 # By family: (object of config.json or None for the top, field).
 PUBLISHED_FIELDS = {
     "qwen3_vl": [
@@ -329,3 +339,68 @@ def test_dtypes(folder: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
     assert {parameter.dtype for parameter in as_in_the_file} == {torch.bfloat16}
     assert {parameter.dtype for parameter in as_by_default} == {torch.float32}
+
+
+def test_what_stands_beside_the_weights(folder: Path, tmp_path: Path) -> None:
+    """Licences, their conditions, the card, and templates are copied; pickles, pictures and folders are not."""
+    copied = ["LICENSE", "LICENSE.txt", "NOTICE", "README.md", "USE_POLICY.md", "chat_template.json", "merges.txt",
+              "special_tokens_map.json", "additional_chat_templates/tool_use.jinja"]
+    left = ["training_args.bin", "figure.png", "notes.md", "original/params.json"]
+    for name in (*copied, *left):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"the content of {name}")
+    (folder / "chat_template.json").write_text('{"chat_template": "published"}')
+    copy = tmp_path / "copy"
+    save_vlm(load_vlm(folder), copy)
+    for name in copied:
+        assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
+    for name in left:
+        assert not (copy / name).exists(), name
+
+
+# ---- sizes from shapes
+
+def file_bytes(folder: Path) -> int:
+    """The bytes of all tensors in a folder's safetensors files."""
+    return sum(tensor.nbytes for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_size_of_a_copy(dtype: torch.dtype | None, folder: Path, tmp_path: Path) -> None:
+    """Adapters add nothing: they are merged."""
+    vlm = load_vlm(folder)
+    add_adapters(vlm.decoder.layers, rank=2)
+    save_vlm(vlm, tmp_path / "copy", dtype)
+    assert checkpoint.saved_bytes(vlm, vlm.disk_names, dtype) == file_bytes(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_size_of_a_training_checkpoint(rank: int, folder: Path, tmp_path: Path) -> None:
+    """What a step of AdamW leaves to be saved, but for some kilobytes of names and counts."""
+    vlm = load_vlm(folder).requires_grad_(False)
+    chosen = vlm.decoder.layers[1:]
+    if rank:
+        add_adapters(chosen, rank)
+    else:
+        chosen.requires_grad_(True)
+    trained = {name: parameter for name, parameter in vlm.named_parameters() if parameter.requires_grad}
+    optimiser = torch.optim.AdamW(trained.values())
+    sum(parameter.sum() for parameter in trained.values()).backward()
+    optimiser.step()
+
+    path = tmp_path / "state.pt"
+    torch.save({"model": trained, "optimiser": optimiser.state_dict()}, path)
+    expected = checkpoint.training_bytes(vlm)
+    assert expected == 12 * sum(parameter.numel() for parameter in trained.values())
+    assert expected <= path.stat().st_size <= expected + 2000 * len(trained)
+
+
+def test_sizes_of_a_published_model(tmp_path: Path) -> None:
+    """From shapes alone, no memory: Qwen3-VL-2B's language model takes about 20 GB a checkpoint."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-VL-2B"]))
+    with torch.device("meta"):
+        vlm = FAMILIES["qwen3_vl"](checkpoint.read_settings(tmp_path, "config.json"))
+    names = [name for name, _ in vlm.named_parameters()]
+    assert checkpoint.saved_bytes(vlm, names, torch.bfloat16) == 2 * PARAMETERS["Qwen3-VL-2B"]
+    vlm.tower.requires_grad_(False)
+    assert checkpoint.training_bytes(vlm) == 12 * (1_409_410_048 + 311_164_928)

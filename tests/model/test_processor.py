@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tokenizers import Tokenizer
 
 from golden.make import GOLDEN, PREPROCESSING, digest, reference_pixels, sample_pictures
-from model import load_vlm
+from model import load_vlm, save_vlm
 from model.images import MllamaImages, QwenImages, choose_tiles, fit_canvas, smart_resize
 from model.processor import Chat, MllamaProcessor, Processor, Qwen25Processor, QwenProcessor
 from tiny import CONFIGS, chat, picture, write_checkpoint
@@ -132,31 +133,52 @@ def test_too_elongated_names_the_chat(tmp_path: Path) -> None:
         processor(chats)
 
 
-def test_pixel_limits_can_be_lowered(tmp_path: Path) -> None:
-    def tokens(processor: Processor, image: Image.Image) -> int:
-        batch = processor([chat(image, "?")])
-        return batch.pictures[0].tokens
-
-    for family in ("qwen3_vl", "qwen2_5_vl"):
-        processor = tiny_processor(family, tmp_path / family)
-        assert tokens(processor, picture(100, 60)) == 60
-        processor.min_pixels = 64
-        processor.max_pixels = 1024
-        assert tokens(processor, picture(100, 60)) == 15
-        assert tokens(processor, picture(3, 3)) == 1
-        with pytest.raises(ValueError, match="1024"):
-            processor.min_pixels = 1025
-        with pytest.raises(ValueError, match="not 64 and 0"):
-            processor.max_pixels = 0
-
-
 def test_newer_preprocessing_file(tmp_path: Path) -> None:
-    """transformers 5 nests the fields in processor_config.json."""
+    """transformers 5 nests the fields in processor_config.json; it counts where both files are there."""
     path = tmp_path / "processor_config.json"
     path.write_text(json.dumps({"image_processor": PREPROCESSING["qwen3_vl"]}))
     assert QwenImages(tmp_path).max_pixels == 16777216
+    write_preprocessing(tmp_path, "qwen2_5_vl")
+    assert QwenImages(tmp_path).max_pixels == 16777216
+    path.write_text(json.dumps({"processor_class": "Qwen2_5_VLProcessor"}))
+    assert QwenImages(tmp_path).max_pixels == 12845056
     path.write_text(json.dumps({"image_processor": {"patch_size": 16}}))
     with pytest.raises(ValueError, match="merge_size"):
+        QwenImages(tmp_path)
+
+
+LIMITS = {"shortest_edge": 3136, "longest_edge": 50176}
+
+
+@pytest.mark.parametrize("spelling", [
+    {"size": LIMITS},
+    {"size": LIMITS, "min_pixels": None, "max_pixels": None},
+    {"size": {"min_pixels": 3136, "max_pixels": 50176}},
+    {"size": None, "min_pixels": 3136, "max_pixels": 50176},
+    {"size": {"shortest_edge": 1, "longest_edge": 2}, "min_pixels": 3136, "max_pixels": 50176},
+    {"size": {"shortest_edge": 3136, "longest_edge": 2}, "max_pixels": 50176},
+])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_spellings_of_limits(family: str, spelling: dict, tmp_path: Path) -> None:
+    content = {key: value for key, value in PREPROCESSING[family].items() if "pixels" not in key and key != "size"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**content, **spelling}))
+    reader = QwenImages(tmp_path)
+    assert (reader.min_pixels, reader.max_pixels) == (3136, 50176)
+
+
+@pytest.mark.parametrize("limits, told", [
+    ({}, "gives no pixel limits"),
+    ({"size": {"shortest_edge": 3136}}, "gives no pixel limits"),
+    ({"size": {"height": 560, "width": 560}}, "gives no pixel limits"),
+    ({"min_pixels": 3136, "max_pixels": 3135}, "the pixel limits are 3136 and 3135"),
+    ({"min_pixels": "a", "max_pixels": 3135}, "the pixel limits are 'a' and 3135"),
+    ({"min_pixels": -1, "max_pixels": 3135}, "the pixel limits are -1 and 3135"),
+    ({"min_pixels": 1, "max_pixels": 1e9}, "the pixel limits are 1 and 1000000000.0"),
+])
+def test_limits_that_are_none(limits: dict, told: str, tmp_path: Path) -> None:
+    content = {key: value for key, value in PREPROCESSING["qwen3_vl"].items() if key != "size"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**content, **limits}))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json.* {told}"):
         QwenImages(tmp_path)
 
 
@@ -176,6 +198,88 @@ def test_malformed_preprocessing(family: str, key: str, value: object, tmp_path:
     write_preprocessing(tmp_path, family, **{key: value})
     with pytest.raises(ValueError, match=rf"preprocessor_config\.json: .*{key} "):
         load_images(tmp_path, family)
+
+
+@pytest.mark.parametrize("family, key, value", [
+    *product(PREPROCESSING, ["do_resize", "do_rescale", "do_normalize"], [False]),
+    *product(PREPROCESSING, ["rescale_factor"], [1 / 127.5, "x", 1]),
+    ("mllama", "do_pad", False),
+])
+def test_other_preprocessing_is_refused(family: str, key: str, value: object, tmp_path: Path) -> None:
+    write_preprocessing(tmp_path, family, **{key: value})
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {key} is "):
+        load_images(tmp_path, family)
+    unsaid = {"do_resize": None, "do_rescale": True, "rescale_factor": 0.00392156862745098, "crop_size": None}
+    load_images(write_preprocessing(tmp_path, family, **unsaid), family)
+
+
+# ---- tokenizer files of other tools
+
+def plain_ids(processor: Processor) -> list[int]:
+    """The ids of a chat long enough to be cut."""
+    [row] = processor.rows([chat(SHOT, "How many of the ", "lamps in this picture are lit, and how many are not?")], {})
+    return row.ids
+
+
+def limited(tokenizer: Tokenizer) -> None:
+    """What a training script leaves behind: texts of 16 tokens, filled up to 32."""
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=32)
+
+
+def left_limited(tokenizer: Tokenizer) -> None:
+    tokenizer.enable_truncation(16, stride=4, strategy="only_first", direction="left")
+    tokenizer.enable_padding(direction="left", pad_id=256, pad_to_multiple_of=8)
+
+
+def random_merges(tokenizer: Tokenizer) -> None:
+    tokenizer.model.dropout = 0.9
+
+
+@pytest.mark.parametrize("change", [limited, left_limited, random_merges])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_settings_for_training_in_a_tokenizer_file(family: str, change: Callable[[Tokenizer], None], tmp_path: Path
+                                                   ) -> None:
+    """Truncation, padding and dropout are not obeyed; a saved copy holds them as they were."""
+    folder = write_checkpoint(tmp_path / "model", CONFIGS[family]())
+    path = folder / "tokenizer.json"
+    expected = plain_ids(load_vlm(folder).processor)
+
+    tokenizer = Tokenizer.from_file(str(path))
+    change(tokenizer)
+    tokenizer.save(str(path))
+    vlm = load_vlm(folder)
+    assert plain_ids(vlm.processor) == expected
+    save_vlm(vlm, tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_control_tokens_that_a_file_calls_ordinary(family: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CONFIGS[family]())
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    processor = load_vlm(folder).processor
+    text = "Say <|im_end|>\n<|image_pad|><|eot_id|><|begin_of_text|><|vision_start|> twice"
+    check_special_tokens_stay_text(processor, text)
+    assert processor.decode([processor.turn_end_id, *processor.encode("yes")]) == "yes"
+
+
+def test_tokenizer_that_transformers_saved(tmp_path: Path) -> None:
+    """After a call with truncation and padding, which stay in the file."""
+    transformers = pytest.importorskip("transformers")
+    folder = write_checkpoint(tmp_path, CONFIGS["qwen3_vl"]())
+    expected = plain_ids(load_vlm(folder).processor)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer("a text", truncation=True, max_length=16, padding="max_length")
+    tokenizer.save_pretrained(folder)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    assert saved["truncation"] is not None
+    assert saved["padding"] is not None
+    assert plain_ids(load_vlm(folder).processor) == expected
 
 
 # ---- chats
