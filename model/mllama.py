@@ -49,7 +49,6 @@ from .prompts import Prompts
 from .vlm import VLM
 
 EXTRA_TOKENS = 8                                        # rows of the embedding beyond the vocabulary
-PICTURES_AT_ONCE = 8                                    # through the tower; each is 6432 tokens
 
 
 @dataclass(frozen=True)
@@ -295,19 +294,21 @@ class Mllama(VLM):
 
         `pictures` are sorted by arrangement; those of one arrangement go through the tower together.
         """
-        features: list[Tensor] = []
         tower = self.model["vision_model"]
         projector = self.model["multi_modal_projector"]
         features: list[Tensor] = []
         for (_, rows, columns), group in groupby(pictures, key=lambda picture: picture.grid):
             pixels = torch.stack([picture.pixels for picture in group])                   # (N, K, C, side, side)
-            for part in pixels.split(PICTURES_AT_ONCE):
-                x = tower(part.to(self.device), (rows, columns), self.dtype)              # (N, K, L, (1 + D) Dv)
-                if not self.follows_transformers:
-                    x = x[:, :rows * columns]                                             # (N, tiles, L, (1 + D) Dv)
-                x = projector(x.flatten(1, 2))                                            # (N, tiles L, H)
-                features += x.unbind()
+            x = tower(pixels.to(self.device), (rows, columns), self.dtype)                # (N, K, L, (1 + D) Dv)
+            if not self.follows_transformers:
+                x = x[:, :rows * columns]                                                 # (N, tiles, L, (1 + D) Dv)
+            x = projector(x.flatten(1, 2))                                                # (N, tiles L, H)
+            features += x.unbind()
         return features
+
+    def patches(self, picture: Picture) -> int:
+        """How many tokens the tower computes for a picture: those of all K tiles, in use or not."""
+        return self.model["vision_model"].tokens_of_all_tiles
 
     def cross_inputs(self, batch: TiledBatch, features: list[Tensor]) -> CrossInputs | None:
         """What the cross-attention layers need of the batch's pictures; None without any. See `hidden`."""
