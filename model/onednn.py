@@ -39,7 +39,7 @@ class HeldCopies:
     copies: list[Tensor | None] = field(default_factory=list)           # one a weight; None: not packed
 
 
-# A model that is let go takes its copies with it. They are no attribute of the model, for they cannot be copied with it.
+# A model that is let go takes its copies with it. They are no attribute of it, for packed tensors cannot be copied.
 HELD: WeakKeyDictionary[VLM, HeldCopies] = WeakKeyDictionary()
 
 

@@ -413,7 +413,7 @@ def banned_tokens(vlm: VLM) -> Tensor:
     head_rows = len(vlm.head_weight)
     placeholders = [token for token in processor.never_sampled if token < head_rows]
     unknown = range(processor.vocabulary, head_rows)
-    # The dtype is given because the list may be empty: Llama-3.2-Vision's head has a row for each id that may be sampled.
+    # The list may be empty, so the dtype is given: Llama-3.2-Vision's head has rows for what may be sampled only.
     return torch.tensor([*placeholders, *unknown], dtype=torch.long, device=vlm.device)
 
 
