@@ -309,8 +309,9 @@ class Mllama(VLM):
             x = tower(pixels.to(self.device), (rows, columns), self.dtype)                # (N, K, L, (1 + D) Dv)
             if not self.follows_transformers:
                 x = x[:, :rows * columns]                                                 # (N, tiles, L, (1 + D) Dv)
-            x = projector(x.flatten(1, 2))                                                # (N, tiles L, H)
-            features += x.unbind()
+            # Each picture alone: in bf16 the sums of a product may run in another order if it has more rows.
+            for tiles in x:
+                features.append(projector(tiles.flatten(0, 1)))                           # (tiles L, H)
         return features
 
     def patches(self, picture: Picture) -> int:
