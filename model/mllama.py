@@ -30,6 +30,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .batch import TiledBatch
 from .checkpoint import Settings, renamed_field, rope_settings
+from .fields import (
+    ABSENT,
+    READ,
+    TEXT,
+    TOP,
+    VISION,
+    Known,
+    check_config,
+    plain_attention,
+    text_settings,
+)
 from .images import Picture
 from .layers import (
     Block,
@@ -49,7 +60,6 @@ from .prompts import Prompts
 from .vlm import VLM
 
 EXTRA_TOKENS = 8                                        # rows of the embedding beyond the vocabulary
-PICTURES_AT_ONCE = 8                                    # through the tower; each is 6432 tokens
 
 
 @dataclass(frozen=True)
@@ -186,9 +196,6 @@ class Decoder(nn.Module):
 
     def __init__(self, c: Settings):
         super().__init__()
-        if c["hidden_act"] != "silu" or c.get("tie_word_embeddings"):
-            raise ValueError("text_config asks for another activation than silu, or for a head tied to the embedding, "
-                             f"which has {EXTRA_TOKENS} rows more")
         hidden = c["hidden_size"]
         self.theta, self.scaling = rope_settings(c)
         self.head_dim = hidden // c["num_attention_heads"]
@@ -219,8 +226,6 @@ class Decoder(nn.Module):
         kind = renamed_field(self.scaling, "rope_type", "type")
         if kind == "default":
             return frequencies
-        if kind != "llama3":
-            raise ValueError(f"rope_type {kind!r} is not one of 'llama3', 'default'")
         low = self.scaling["low_freq_factor"]
         high = self.scaling["high_freq_factor"]
         original_context = self.scaling["original_max_position_embeddings"]
@@ -258,7 +263,8 @@ class Mllama(VLM):
         # How tokens before the first picture are treated: "meta", as the weights were trained, or "transformers".
         # Change it before any features are computed.
         self.follow = "meta"
-        text = config["text_config"]
+        check_config(config, known_fields(config))
+        text = text_settings(config)
         vision = config["vision_config"]
         self.image_token_id = renamed_field(config, "image_token_index", "image_token_id")
         self.model = nn.ModuleDict({
@@ -295,19 +301,22 @@ class Mllama(VLM):
 
         `pictures` are sorted by arrangement; those of one arrangement go through the tower together.
         """
-        features: list[Tensor] = []
         tower = self.model["vision_model"]
         projector = self.model["multi_modal_projector"]
         features: list[Tensor] = []
         for (_, rows, columns), group in groupby(pictures, key=lambda picture: picture.grid):
             pixels = torch.stack([picture.pixels for picture in group])                   # (N, K, C, side, side)
-            for part in pixels.split(PICTURES_AT_ONCE):
-                x = tower(part.to(self.device), (rows, columns), self.dtype)              # (N, K, L, (1 + D) Dv)
-                if not self.follows_transformers:
-                    x = x[:, :rows * columns]                                             # (N, tiles, L, (1 + D) Dv)
-                x = projector(x.flatten(1, 2))                                            # (N, tiles L, H)
-                features += x.unbind()
+            x = tower(pixels.to(self.device), (rows, columns), self.dtype)                # (N, K, L, (1 + D) Dv)
+            if not self.follows_transformers:
+                x = x[:, :rows * columns]                                                 # (N, tiles, L, (1 + D) Dv)
+            # Each picture alone: in bf16 the sums of a product may run in another order if it has more rows.
+            for tiles in x:
+                features.append(projector(tiles.flatten(0, 1)))                           # (tiles L, H)
         return features
+
+    def patches(self, picture: Picture) -> int:
+        """How many tokens the tower computes for a picture: those of all K tiles, in use or not."""
+        return self.model["vision_model"].tokens_of_all_tiles
 
     def cross_inputs(self, batch: TiledBatch, features: list[Tensor]) -> CrossInputs | None:
         """What the cross-attention layers need of the batch's pictures; None without any. See `hidden`."""
@@ -382,3 +391,54 @@ class Mllama(VLM):
                 # Prompts that share a row share its pictures: the first one's last token sees what all of them see.
                 cache[i] = CrossCache(prompts.last[:, 0])
         return cache
+
+
+def known_fields(config: Settings) -> Known:
+    """The fields of config.json, and the values of them that this file and mllama_vision.py compute."""
+    text = text_settings(config)
+    vision = config["vision_config"]
+    _, rope = rope_settings(text)
+    rope_kind = renamed_field(rope, "rope_type", "type")
+    depths = len(vision["intermediate_layers_indices"])
+    return Known(
+        top={
+            **TOP,
+            "image_token_id": READ,
+            "image_token_index": READ,
+            "tie_word_embeddings": READ,                # the text's counts
+        },
+        text={
+            **TEXT,
+            **plain_attention(text),
+            "attention_bias": (ABSENT, False),
+            "cross_attention_layers": READ,
+            "head_dim": (ABSENT, text["hidden_size"] // text["num_attention_heads"]),
+            "tie_word_embeddings": (ABSENT, False),     # the embedding has rows that the head has not
+        },
+        vision={
+            **VISION,
+            "hidden_act": ("gelu",),
+            "vision_output_dim": (vision["hidden_size"] * (1 + depths),),
+            "attention_heads": READ,
+            "image_size": READ,
+            "intermediate_layers_indices": READ,
+            "max_num_tiles": READ,
+            "norm_eps": READ,
+            "num_attention_heads": READ,
+            "num_channels": READ,
+            "num_global_layers": READ,
+            "num_hidden_layers": READ,
+            "supported_aspect_ratios": READ,
+        },
+        rope={
+            "rope_type": (ABSENT, "llama3", "default"),
+            "type": (ABSENT, "llama3", "default"),
+            "factor": READ if rope_kind == "llama3" else (ABSENT, 1),
+            "attention_factor": (ABSENT, 1),
+            "partial_rotary_factor": (ABSENT, 1),
+            "high_freq_factor": READ,
+            "low_freq_factor": READ,
+            "rope_theta": READ,
+        },
+        vision_rope={},
+    )

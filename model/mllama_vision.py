@@ -145,10 +145,7 @@ class VisionTower(nn.Module):
         patches_a_side = c["image_size"] // self.patch
         self.tokens = patches_a_side ** 2 + 1                               # L
         self.padding = -self.tokens % ROUND_UP                              # L8 - L
-        output_width = width * (1 + len(self.depths))
-        if c["hidden_act"] != "gelu" or c["vision_output_dim"] != output_width:
-            raise ValueError(f"vision_config: hidden_act {c['hidden_act']!r} is not 'gelu', or vision_output_dim "
-                             f"{c['vision_output_dim']} is not (1 + {len(self.depths)}) * {width}")
+        self.tokens_of_all_tiles = tiles * (self.tokens + self.padding)     # S
 
         self.patch_embedding = nn.Conv2d(
             c["num_channels"],

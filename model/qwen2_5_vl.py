@@ -21,6 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Settings, renamed_field, rope_settings
+from .fields import (
+    ABSENT,
+    QWEN_VISION_ROPE,
+    READ,
+    TEXT,
+    TOP,
+    VISION,
+    Known,
+    check_config,
+    plain_attention,
+    text_settings,
+)
 from .layers import (
     Block,
     DecoderLayer,
@@ -89,8 +101,6 @@ class VisionTower(nn.Module):
 
     def __init__(self, c: Settings):
         super().__init__()
-        if c["hidden_act"] != "silu":
-            raise ValueError(f"vision_config.hidden_act is {c['hidden_act']!r}; only 'silu' is known")
         self.merge = c["spatial_merge_size"]
         self.head_dim = c["hidden_size"] // c["num_heads"]
         self.window = c["window_size"] // (c["patch_size"] * self.merge)    # edge of a window, in cells
@@ -183,8 +193,6 @@ class Decoder(MRopeDecoder):
     """The language model."""
 
     def __init__(self, c: Settings):
-        if c["hidden_act"] != "silu" or c.get("use_sliding_window"):
-            raise ValueError("config.json asks for another activation than silu, or for a sliding window")
         theta, scaling = rope_settings(c)
         head_dim = c["hidden_size"] // c["num_attention_heads"]
         layers = [self.make_layer(c, head_dim) for _ in range(c["num_hidden_layers"])]
@@ -222,7 +230,8 @@ class Qwen25VL(QwenVL):
     RENAME = ((r"^visual\.", "model.visual."), (r"^model\.(?!language_model\.|visual\.)", "model.language_model."))
 
     def __init__(self, config: Settings):
-        text = config.get("text_config", config)
+        check_config(config, known_fields(config))
+        text = text_settings(config)
         if "tie_word_embeddings" in text:               # a file that was saved again may have it in either place
             tied = text["tie_word_embeddings"] or config.get("tie_word_embeddings", False)
         else:
@@ -238,3 +247,49 @@ class Qwen25VL(QwenVL):
         image_tokens = torch.cat(features) if features else None                          # (M, H)
         x, _ = self.embed(batch, features, image_tokens)                                  # (B, T, H)
         return self.decoder(x, batch.position_ids, batch.tree, cache)
+
+
+def known_fields(config: Settings) -> Known:
+    """The fields of config.json, and the values of them that this file computes."""
+    text = text_settings(config)
+    vision = config["vision_config"]
+    is_tied = (ABSENT, True, False)                     # in either place
+    return Known(
+        top={
+            **TOP,
+            "image_token_id": READ,
+            "tie_word_embeddings": is_tied,
+        },
+        text={
+            **TEXT,
+            **plain_attention(text),
+            "attention_bias": (ABSENT, True),           # of q, k and v
+            "head_dim": (ABSENT, text["hidden_size"] // text["num_attention_heads"]),
+            "tie_word_embeddings": is_tied,
+        },
+        vision={
+            **VISION,
+            "hidden_act": ("silu",),
+            "out_hidden_size": (text["hidden_size"],),
+            "spatial_patch_size": (ABSENT, vision["patch_size"]),
+            "depth": READ,
+            "fullatt_block_indexes": READ,
+            "in_channels": READ,
+            "in_chans": READ,
+            "num_heads": READ,
+            "spatial_merge_size": READ,
+            "temporal_patch_size": READ,
+            "window_size": READ,
+        },
+        rope={
+            "rope_type": (ABSENT, "default", "mrope"),
+            "type": (ABSENT, "default", "mrope"),
+            "factor": (ABSENT, 1),
+            "attention_factor": (ABSENT, 1),
+            "partial_rotary_factor": (ABSENT, 1),
+            "mrope_interleaved": (ABSENT, False),
+            "mrope_section": READ,
+            "rope_theta": READ,
+        },
+        vision_rope=QWEN_VISION_ROPE,
+    )

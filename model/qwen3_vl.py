@@ -20,6 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import Settings, rope_settings
+from .fields import (
+    ABSENT,
+    QWEN_VISION_ROPE,
+    READ,
+    TEXT,
+    TOP,
+    VISION,
+    Known,
+    check_config,
+    plain_attention,
+    text_settings,
+)
 from .layers import (
     Block,
     DecoderLayer,
@@ -95,8 +107,6 @@ class VisionTower(nn.Module):
 
     def __init__(self, c: Settings):
         super().__init__()
-        if c["hidden_act"] != "gelu_pytorch_tanh":
-            raise ValueError(f"vision_config.hidden_act is {c['hidden_act']!r}; only 'gelu_pytorch_tanh' is known")
         self.merge = c["spatial_merge_size"]
         self.head_dim = c["hidden_size"] // c["num_heads"]
         self.side = round(c["num_position_embeddings"] ** 0.5)              # the learned table is side x side
@@ -174,8 +184,6 @@ class Decoder(MRopeDecoder):
     """The language model; DeepStack's features are added to the image tokens after each of the first layers."""
 
     def __init__(self, c: Settings):
-        if c["hidden_act"] != "silu" or c["attention_bias"]:
-            raise ValueError("text_config asks for another activation than silu, or for attention biases")
         theta, scaling = rope_settings(c)
         layers = [self.make_layer(c) for _ in range(c["num_hidden_layers"])]
         super().__init__(c["vocab_size"], c["hidden_size"], layers, c["rms_norm_eps"], theta, c["head_dim"])
@@ -226,8 +234,9 @@ class Qwen3VL(QwenVL):
     """The whole model. Module names are those of the published files."""
 
     def __init__(self, config: Settings):
+        check_config(config, known_fields(config))
         tower = VisionTower(config["vision_config"])
-        decoder = Decoder(config["text_config"])
+        decoder = Decoder(text_settings(config))
         super().__init__(config, tower, decoder, tied=config["tie_word_embeddings"])
 
     def hidden(self, batch: Batch, features: list[Tensor], cache: list[LayerCache] | None = None) -> Tensor:
@@ -238,3 +247,45 @@ class Qwen3VL(QwenVL):
             image_tokens, *deepstack = torch.cat(features, 1)                             # 1 + D of (M, H)
         x, places = self.embed(batch, features, image_tokens)                             # (B, T, H), (M,)
         return self.decoder(x, batch.position_ids, batch.tree, cache, places, deepstack)
+
+
+def known_fields(config: Settings) -> Known:
+    """The fields of config.json, and the values of them that this file computes."""
+    text = text_settings(config)
+    return Known(
+        top={
+            **TOP,
+            "image_token_id": READ,
+            "tie_word_embeddings": (True, False),
+        },
+        text={
+            **TEXT,
+            **plain_attention(text),
+            "attention_bias": (False,),
+            "head_dim": READ,
+            "tie_word_embeddings": READ,                # the one at the top counts
+        },
+        vision={
+            **VISION,
+            "hidden_act": ("gelu_pytorch_tanh",),
+            "out_hidden_size": (text["hidden_size"],),
+            "deepstack_visual_indexes": READ,
+            "depth": READ,
+            "in_channels": READ,
+            "num_heads": READ,
+            "num_position_embeddings": READ,
+            "spatial_merge_size": READ,
+            "temporal_patch_size": READ,
+        },
+        rope={
+            "rope_type": (ABSENT, "default", "mrope"),
+            "type": (ABSENT, "default", "mrope"),
+            "factor": (ABSENT, 1),
+            "attention_factor": (ABSENT, 1),
+            "partial_rotary_factor": (ABSENT, 1),
+            "mrope_interleaved": (ABSENT, True),
+            "mrope_section": READ,
+            "rope_theta": READ,
+        },
+        vision_rope=QWEN_VISION_ROPE,
+    )

@@ -79,7 +79,9 @@ def generate(vlm: VLM, chats: list[Chat], n: int = 1, max_new_tokens: int = 256,
 
     seen: Counter[str] = Counter()
     completions: list[list[Completion]] = [[] for _ in chats]
-    with weights_in_compute_dtype(vlm), onednn_products(vlm, len(chats) * draws * max_new_tokens):
+    batches = len(range(0, len(chats), batch_size))
+    steps = batches * max_new_tokens                    # if no batch ends early
+    with weights_in_compute_dtype(vlm), onednn_products(vlm, steps):
         for start, rows, packed in packed_batches(vlm, chats, batch_size):
             uniforms = None if greedy else draw_uniforms(rows, draws, max_new_tokens, seed, seen)
             for prompts in packed:
@@ -105,7 +107,7 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
         digits.append(torch.tensor(ids, dtype=torch.long, device=vlm.device))
 
     probabilities: list[list[list[float]]] = [[] for _ in chats]
-    with weights_in_compute_dtype(vlm), onednn_products(vlm, tokens=0):
+    with weights_in_compute_dtype(vlm), onednn_products(vlm, steps=0):
         for start, _, packed in packed_batches(vlm, chats, batch_size, longest):
             for prompts in packed:
                 prompts = prompts.to(vlm.device)
@@ -411,7 +413,8 @@ def banned_tokens(vlm: VLM) -> Tensor:
     head_rows = len(vlm.head_weight)
     placeholders = [token for token in processor.never_sampled if token < head_rows]
     unknown = range(processor.vocabulary, head_rows)
-    return torch.tensor([*placeholders, *unknown], device=vlm.device)
+    # The list may be empty, so the dtype is given: Llama-3.2-Vision's head has rows for what may be sampled only.
+    return torch.tensor([*placeholders, *unknown], dtype=torch.long, device=vlm.device)
 
 
 def finish(vlm: VLM, row: list[int]) -> Completion:

@@ -12,9 +12,11 @@ with up to m prompts each, n samples a prompt, R = G m n rows while sampling, D 
 """
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ from .checkpoint import Settings
 from .layers import Grid, LayerCache, Linear, linear
 from .processor import Picture, Processor, QwenProcessor
 from .prompts import Prompts
+
+# Of the pictures that go through a tower together, so that their number does not decide how much memory is taken: those
+# of a picture of 2048 x 2048 pixels (Qwen3-VL). A single picture may have more (65,536 as published); it goes alone.
+PATCHES_AT_ONCE = 16_384
 
 
 class VLM(nn.Module):
@@ -91,8 +97,15 @@ class VLM(nn.Module):
         raise NotImplementedError
 
     def encode_images(self, pictures: list[Picture]) -> list[Tensor]:
-        """Features of each picture. Pictures of one `grid` stand next to each other."""
+        """Features of each picture. Pictures of one `grid` stand next to each other.
+
+        Every picture that is encoded goes through here, and all that are given are encoded at once.
+        """
         raise NotImplementedError
+
+    def patches(self, picture: Picture) -> int:
+        """How many patches the tower computes for a picture."""
+        return math.prod(picture.grid)
 
     def hidden(self, batch: Batch, features: list[Tensor], cache: list[LayerCache] | None = None) -> Tensor:
         """Final hidden states (B, T, H). `features`: one entry a picture, in the order of the prompts.
@@ -119,10 +132,26 @@ class VLM(nn.Module):
         missing = [picture for picture in batch.pictures if features[picture.key] is None]
         if missing:
             missing.sort(key=lambda picture: picture.grid)      # pictures of one size share an attention call
-            for picture, encoded in zip(missing, self.encode_images(missing), strict=True):
-                features[picture.key] = encoded
-                cache.put(picture.key, encoded)
+            for chunk in self.chunks(missing):
+                for picture, encoded in zip(chunk, self.encode_images(chunk), strict=True):
+                    features[picture.key] = encoded
+                    cache.put(picture.key, encoded)
         return [features[picture.key] for picture in batch.in_order]
+
+    def chunks(self, pictures: list[Picture]) -> Iterator[list[Picture]]:
+        """The pictures in order, as many at a time as have PATCHES_AT_ONCE together, but at least one."""
+        chunk: list[Picture] = []
+        chunk_patches = 0
+        for picture in pictures:
+            patches = self.patches(picture)
+            if chunk and chunk_patches + patches > PATCHES_AT_ONCE:
+                yield chunk
+                chunk = []
+                chunk_patches = 0
+            chunk.append(picture)
+            chunk_patches += patches
+        if chunk:
+            yield chunk
 
     def check_placeholders(self, batch: Batch, sizes: list[int]) -> None:
         """ValueError that names the chat whose placeholders and pictures do not match.
