@@ -112,11 +112,7 @@ def rope_settings(text_config: Settings) -> tuple[float, Settings]:
 
     Where a file holds both, rope_scaling counts, as in transformers. ValueError for what would give other frequencies.
     """
-    rope = text_config.get("rope_scaling") or text_config.get("rope_parameters")
-    if rope is None:
-        rope = text_config["rope_scaling"]              # the error says what is wrong with it
-    rope = _of_all_layers(rope, text_config)
-
+    rope = rope_of_all_layers(text_config)
     theta = rope["rope_theta"] if "rope_theta" in rope else text_config["rope_theta"]
     if type(theta) not in (int, float) or not theta > 0:
         raise ValueError(f"{text_config.source}: rope_theta is {theta!r:.80}, not a positive number")
@@ -137,8 +133,11 @@ def rope_settings(text_config: Settings) -> tuple[float, Settings]:
     return theta, scaling
 
 
-def _of_all_layers(rope: Settings, text_config: Settings) -> Settings:
-    """The rope settings that all layers share, where the file gives them for each type of attention layer."""
+def rope_of_all_layers(text_config: Settings) -> Settings:
+    """rope_scaling or rope_parameters as the file holds it; one that is given by layer type must be one for all."""
+    rope = text_config.get("rope_scaling") or text_config.get("rope_parameters")
+    if rope is None:
+        rope = text_config["rope_scaling"]              # the error says what is wrong with it
     by_layer_type = bool(rope) and all(isinstance(value, Settings) for value in rope.values())
     if not by_layer_type:
         return rope

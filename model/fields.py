@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import Settings
+from .checkpoint import Settings, rope_of_all_layers
 
 READ: tuple[Any, ...] = ()                              # in a table: the family takes the field as it is
 ABSENT = None                                           # among the values: the field may be missing, or null
@@ -85,7 +85,9 @@ class Known:
 
 def text_settings(config: Settings) -> Settings:
     """The language model's fields: an object of their own, or, in flat files, the whole file."""
-    return config.get("text_config", config)
+    if config.get("text_config") is None and "hidden_size" in config:
+        return config
+    return config["text_config"]
 
 
 def plain_attention(text: Settings) -> Table:
@@ -130,15 +132,11 @@ def check_config(config: Settings, known: Known) -> None:
     vision = config["vision_config"]
     unknown += check_fields(vision, "vision_config.", known.vision)
 
-    ropes = [
-        (text, place + "rope_scaling", known.rope),
-        (text, place + "rope_parameters", known.rope),
-        (vision, "vision_config.rope_parameters", known.vision_rope),
-    ]
-    for part, name, table in ropes:
-        rope = part.get(name.rpartition(".")[2])
-        if rope is not None:
-            unknown += check_fields(rope, f"{name}.", table)
+    rope_name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+    unknown += check_fields(rope_of_all_layers(text), f"{place}{rope_name}.", known.rope)
+    vision_rope = vision.get("rope_parameters")
+    if vision_rope is not None:
+        unknown += check_fields(vision_rope, "vision_config.rope_parameters.", known.vision_rope)
 
     if unknown:
         names = ", ".join(unknown)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .batch import TiledBatch
-from .checkpoint import Settings, renamed_field, rope_settings
+from .checkpoint import Settings, renamed_field, rope_of_all_layers, rope_settings
 from .fields import (
     ABSENT,
     READ,
@@ -397,8 +397,8 @@ def known_fields(config: Settings) -> Known:
     """The fields of config.json, and the values of them that this file and mllama_vision.py compute."""
     text = text_settings(config)
     vision = config["vision_config"]
-    _, rope = rope_settings(text)
-    rope_kind = renamed_field(rope, "rope_type", "type")
+    rope = rope_of_all_layers(text)
+    rope_kind = rope.get("rope_type") or rope.get("type")
     depths = len(vision["intermediate_layers_indices"])
     return Known(
         top={

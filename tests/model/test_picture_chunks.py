@@ -89,8 +89,8 @@ def test_patches_are_what_the_tower_computes(vlm: VLM) -> None:
 
 def test_a_batch_of_large_pictures() -> None:
     """Twelve megapixels as Qwen3-VL sees them: each picture alone, however many there are; small ones by the dozen."""
-    large = Picture(torch.empty(0), (1, 188, 250), 11_750, "large")
-    small = Picture(torch.empty(0), (1, 30, 40), 300, "small")
+    large = Picture((1, 188, 250), 11_750, "large", lambda: torch.empty(0))
+    small = Picture((1, 30, 40), 300, "small", lambda: torch.empty(0))
     assert math.prod(large.grid) > PATCHES_AT_ONCE
     chunks = list(VLM().chunks([small] * 30 + [large] * 3))
     assert [len(chunk) for chunk in chunks] == [13, 13, 4, 1, 1, 1]
