@@ -36,6 +36,7 @@ from eval import score as exact_match
 from gate import decide_before, gate_after, gather_records, measure
 from loop import demo
 from loop.asking import greedy_answers, greedy_completions, verdicts
+from loop.disk import check_disk
 from loop.flags import TrainingFlags
 from loop.loading import load_frozen
 from loop.optimise import (
@@ -220,6 +221,7 @@ def load_models(run: Run) -> tuple[VLM, VLM]:
     device = run.ranks.device
     student = load_trainable(cfg.student, cfg, device)
     verifier = load_frozen(cfg.verifier, cfg, device, student.dtype)
+    check_disk(run, student, deployed_copies=1)
     run.start(dtype=str(student.dtype).removeprefix("torch."),
               reference=folder_digest(student.folder), scorer=folder_digest(verifier.folder))
     return student, verifier

@@ -249,7 +249,8 @@ def test_other_flags_are_asked_for(world: World, flags: dict[str, Any], expected
     assert world.asked() == expected
 
 
-def test_pixel_limits_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_pixel_limits_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture) -> None:
     """Limits are tried on all models before one is asked, set on each that is loaded, and part of what is kept."""
     tried = []
     limited = []
