@@ -38,7 +38,7 @@ from loop import demo
 from loop.asking import greedy_answers, greedy_completions, verdicts
 from loop.disk import check_disk
 from loop.flags import TrainingFlags
-from loop.loading import load_frozen
+from loop.loading import frozen
 from loop.optimise import (
     load_trainable,
     make_optimiser,
@@ -53,7 +53,7 @@ from loop.side_by_side import compare_answers
 from loop.state import State, restore, save
 from loop.survey import draw_items
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
-from model import VLM, Completion
+from model import VLM, Completion, load_vlm
 from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
 from replay import Pair, ReplayBuffer, form_pairs, select_pair
@@ -220,7 +220,7 @@ def load_models(run: Run) -> tuple[VLM, VLM]:
     cfg = run.cfg
     device = run.ranks.device
     student = load_trainable(cfg.student, cfg, device)
-    verifier = load_frozen(cfg.verifier, cfg, device, student.dtype)
+    verifier = frozen(load_vlm(cfg.verifier, device, student.dtype), cfg)
     check_disk(run, student, deployed_copies=1)
     run.start(dtype=str(student.dtype).removeprefix("torch."),
               reference=folder_digest(student.folder), scorer=folder_digest(verifier.folder))
@@ -400,7 +400,7 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
     It is saved first, in the dtype of the files it came from, and what was saved is evaluated.
     """
     candidate = run.save_candidate(student)
-    deployed = load_frozen(candidate, run.cfg, run.ranks.device, student.dtype)
+    deployed = frozen(load_vlm(candidate, run.ranks.device, student.dtype), run.cfg)
 
     trained = greedy_answers(run, deployed, held_out, "trained student, held out")
     decision = gate_after(

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from loop.flags import TrainingFlags
-from model import FAMILIES, VLM, load_vlm
+from model import FAMILIES, VLM
 from model.checkpoint import read_settings
 from model.processor import Processor
 from model.vlm import FeatureCache
@@ -14,9 +14,9 @@ from model.vlm import FeatureCache
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}         # by their names in --dtype
 
 
-def load_frozen(path: str | Path, cfg: TrainingFlags, device: torch.device, dtype: torch.dtype) -> VLM:
-    """A model that answers and is not trained. It keeps the features of pictures, up to feature_cache_gb."""
-    vlm = load_vlm(path, device, dtype).requires_grad_(False)
+def frozen(vlm: VLM, cfg: TrainingFlags) -> VLM:
+    """The model, to be asked and not trained. It keeps the features of pictures, up to feature_cache_gb."""
+    vlm.requires_grad_(False)
     vlm.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
     limit_pixels(vlm.processor, cfg.min_pixels, cfg.max_pixels)
     return vlm
