@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from tasks import TASKS, Item, Verdict, jsonl, task_module
-from tasks.flags import check_ranges, flag, parse_flags
+from tasks.flags import check_pixel_range, check_ranges, flag, parse_flags
 from tasks.jsonl import Response
 from tasks.loading import fingerprint
 from tasks.rewardbench import Comparison, both_orders, check_both_orders
@@ -48,6 +48,9 @@ class Config:
     batch_size: int = flag(8, "prompts at a time", low=1)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
     dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=("float32", "bfloat16"))
+    min_pixels: int | None = flag(None, "enlarge smaller pictures to this area (default: the model's own)", low=1)
+    max_pixels: int | None = flag(None, "shrink larger pictures to this area: less memory", low=1)
+    feature_cache_gb: float = flag(4.0, "memory for image features, which several items may need, GB", low=0)
 
     def __post_init__(self) -> None:
         if not self.task:
@@ -58,6 +61,7 @@ class Config:
         if self.export and self.out:
             raise ValueError("--export names its own file: leave out --out")
         check_ranges(self)
+        check_pixel_range(self.min_pixels, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,13 @@ def main(argv: list[str] | None = None) -> int:
             import torch
 
             from model import generate, load_vlm
+            from model.vlm import FeatureCache
             device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
             dtype = cfg.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-            vlm = load_vlm(cfg.model, device=device, dtype=getattr(torch, dtype))
+            vlm = load_vlm(cfg.model, device=device, dtype=getattr(torch, dtype)).requires_grad_(False)
+            vlm.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
+            if cfg.min_pixels or cfg.max_pixels:
+                vlm.processor.limit_pixels(cfg.min_pixels, cfg.max_pixels)
             greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
             completions = ask(items, greedy, out.responses, cfg.batch_size)
             finish(items, completions, out)
@@ -397,6 +405,7 @@ def settings(cfg: Config) -> dict[str, str | int | None]:
         "model": cfg.model, "files": fingerprint(cfg.model), "task": cfg.task,
         "data": cfg.data, "data_files": fingerprint(cfg.data), "split": cfg.split,
         "max_new_tokens": cfg.max_new_tokens, "dtype": cfg.dtype,
+        "min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels,
     }
 
 

@@ -414,9 +414,20 @@ def decide_before(
         own = measures["own_answer_accuracy"]
         student = measures.get("greedy_accuracy") or baseline
         checks.append(_not_below(name, own, "the student's accuracy", student))
+    if not measures["parse_rate"]["value"]:
+        checks.insert(0, (False, _no_verdict(measures)))
     passed = all(holds for holds, _ in checks)
     reasons = [reason for holds, reason in checks if holds == passed]
     return Decision("PASS" if passed else "BLOCK", reasons, measures)
+
+
+def _no_verdict(measures: Measures) -> str:
+    """The sentence that comes first where every score is null."""
+    cut_off = measures.get("truncation_rate")
+    share = f", {cut_off['value']:.0%} of them cut off" if cut_off else ""
+    return (f"no verdict of this verifier could be read ({measures['records']} asked for{share}), "
+            "so nothing below is about its judgment: raise --verdict-tokens, or choose another "
+            "--verdict or verifier")
 
 
 def _not_below(name: str, figure: Figure, base_name: str, base: Figure) -> tuple[bool, str]:
@@ -585,6 +596,10 @@ class Config:
     batch_size: int = flag(16, "prompts that are prefilled together", 1)
     seed: int = flag(0, "seed of the choice of items and of the sampling", 0)
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
+    dtype: str = flag(
+        "", "default: bfloat16 on cuda, else float32", choices=("float32", "bfloat16"))
+    min_pixels: int = flag(0, "enlarge smaller pictures to this area; 0: the model's own", 0)
+    max_pixels: int = flag(0, "shrink larger pictures to this area; 0: the model's own", 0)
     cache: str = flag("", "folder of what models answered (default: gate_cache beside the report)")
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from loop.alter import alter_chat
 from loop.demo import replaced
+from loop.disk import check_disk
 from loop.flags import TrainingFlags
 from loop.judge_figures import (
     IterationFigures,
@@ -207,6 +208,7 @@ def load_judge(run: Run) -> VLM:
     """The judge, of which a part is trained. Makes the run's folder, whose config.json says what was loaded."""
     cfg = run.cfg
     vlm = load_trainable(cfg.verifier, cfg, run.ranks.device)
+    check_disk(run, vlm, deployed_copies=2)             # the last best one goes when the new one is whole
     dtype = str(vlm.dtype).removeprefix("torch.")
     run.start(dtype=dtype, judge=folder_digest(vlm.folder))
     return vlm

@@ -36,8 +36,16 @@ from eval import score as exact_match
 from gate import decide_before, gate_after, gather_records, measure
 from loop import demo
 from loop.asking import greedy_answers, greedy_completions, verdicts
+from loop.disk import check_disk
 from loop.flags import TrainingFlags
-from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model
+from loop.loading import frozen
+from loop.optimise import (
+    load_trainable,
+    make_optimiser,
+    optimiser_step,
+    pairs_at_once,
+    reference_model,
+)
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
@@ -48,7 +56,6 @@ from loop.watch import evaluate_watch, regression_warnings, watch_metrics
 from model import VLM, Completion, load_vlm
 from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
-from model.vlm import FeatureCache
 from replay import Pair, ReplayBuffer, form_pairs, select_pair
 from tasks import Item
 from tasks.flags import flag, parse_flags
@@ -105,7 +112,7 @@ class Config(TrainingFlags):
     # Optimisation and evaluation
     lr: float = flag(3e-5, "peak learning rate; 1e-6 suits a published checkpoint", low=0, high=1)
     batch_size: int = flag(32, "pairs a step, over all ranks, replayed ones included", low=1)
-    micro_batch: int = flag(32, "pairs a forward pass on one rank", low=1)
+    micro_batch: int = flag(32, "pairs a forward pass on one rank; in bfloat16 always 1", low=1)
     epochs: int = flag(3, "passes over a round's fresh pairs", low=1)
     steps_per_round: int = flag(60, "most steps a round", low=1)
     eval_every: int = flag(10, "steps between evaluations on the watch split", low=1)
@@ -213,8 +220,8 @@ def load_models(run: Run) -> tuple[VLM, VLM]:
     cfg = run.cfg
     device = run.ranks.device
     student = load_trainable(cfg.student, cfg, device)
-    verifier = load_vlm(cfg.verifier, device, student.dtype).requires_grad_(False)
-    verifier.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
+    verifier = frozen(load_vlm(cfg.verifier, device, student.dtype), cfg)
+    check_disk(run, student, deployed_copies=1)
     run.start(dtype=str(student.dtype).removeprefix("torch."),
               reference=folder_digest(student.folder), scorer=folder_digest(verifier.folder))
     return student, verifier
@@ -323,9 +330,10 @@ def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair],
     if not pairs:
         return []
 
+    size = pairs_at_once(run.cfg, student)
     with reference_model(student) as reference, torch.no_grad():
         return run.ranks.map(
-            lambda part: add_logps(reference, part, by_id), pairs, run.cfg.micro_batch, "reference")
+            lambda part: add_logps(reference, part, by_id), pairs, size, "reference")
 
 
 def add_logps(reference: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> list[Pair]:
@@ -364,7 +372,8 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
     # Rows of like length share a micro-batch, so that less of it is padding.
     pairs = sorted(pairs, key=lambda pair: pair.row_tokens)
     planned = cfg.rounds * cfg.steps_per_round
-    return optimiser_step(run, optimiser, pairs, loss, METRICS, step, planned)
+    size = pairs_at_once(cfg, student)
+    return optimiser_step(run, optimiser, pairs, loss, METRICS, step, planned, size)
 
 
 def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],
@@ -392,7 +401,7 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
     It is saved first, in the dtype of the files it came from, and what was saved is evaluated.
     """
     candidate = run.save_candidate(student)
-    deployed = load_vlm(candidate, run.ranks.device, student.dtype)
+    deployed = frozen(load_vlm(candidate, run.ranks.device, student.dtype), run.cfg)
 
     trained = greedy_answers(run, deployed, held_out, "trained, held out")
     decision = gate_after(

@@ -19,16 +19,18 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from loop.loading import DTYPES, check_pixel_limits, limit_pixels
 from model import generate, load_vlm, next_digits
 from model.checkpoint import folder_digest, resolve_folder
 from model.processor import Chat
-from model.vlm import VLM, pick_device
+from model.vlm import VLM, FeatureCache, pick_device
 from tasks import Item
 from tasks.jsonl import Response, write_whole
 from verifier import REPLIES, VERDICTS, Score
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
+FEATURE_CACHE = 4_000_000_000                           # bytes of image features that a model keeps between calls
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,20 @@ class AskConfig:
     batch_size: int                                     # prompts prefilled together, items in a file of the cache
     seed: int
     device: str                                         # "" for cuda where there is one
+    dtype: str                                          # a name of DTYPES; "" for bfloat16 on cuda, else float32
+    min_pixels: int                                     # pictures are resized to areas between these; 0 for the
+    max_pixels: int                                     # model's own limit
 
 
 @dataclass(frozen=True)
 class CostedScore(Score):
-    """A verdict with its share of what its batch cost; None where an equal text of the item was asked about before."""
+    """A verdict with its share of what its batch cost; None where an equal text of the item was asked about before.
+
+    The seconds are those of the verdicts' own prompts and replies in the decoder. What a model does once, however many
+    verdicts it gives, is done before the clock starts: its weights are loaded, and the pictures are preprocessed and
+    go through its tower. So a verdict costs the same whether the verifier's own answers were asked for in this call or
+    read from the cache. Only features that FEATURE_CACHE cannot hold are computed again on the clock.
+    """
     seconds: float | None = None                        # wall time
     tokens: int | None = None                           # of prompts and replies
 
@@ -61,7 +72,9 @@ class CachedModel:
         self.cache = cache
         self.folder = resolve_folder(name)
         self.device = pick_device(cfg.device or None)
-        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        dtype = cfg.dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
+        self.dtype = DTYPES[dtype]
+        check_pixel_limits(self.folder, cfg.min_pixels, cfg.max_pixels)
         cache.mkdir(parents=True, exist_ok=True)
 
         machine: str | int = torch.get_num_threads()
@@ -74,12 +87,17 @@ class CachedModel:
             "torch": torch.__version__,
             "code": code_digest("model/*.py"),
             "batch_size": cfg.batch_size,
+            "dtype": dtype,
+            "pixels": [cfg.min_pixels, cfg.max_pixels],
         }
 
     @cached_property
     def vlm(self) -> VLM:
-        """The model itself, loaded when it is first used."""
-        return load_vlm(self.folder, self.device, self.dtype)
+        """The model itself, loaded when it is first used; as far as FEATURE_CACHE reaches it encodes a picture once."""
+        vlm = load_vlm(self.folder, self.device, self.dtype).requires_grad_(False)
+        vlm.feature_cache = FeatureCache(FEATURE_CACHE)
+        limit_pixels(vlm.processor, self.cfg.min_pixels, self.cfg.max_pixels)
+        return vlm
 
     def forget(self) -> None:
         """Let go of the weights."""
@@ -137,9 +155,14 @@ class CachedModel:
 
     def _ask_verdicts(self, candidates: Sequence[tuple[Item, list[str]]]) -> dict[str, Any]:
         """Ask for one batch: the scores of these items' candidates, and what they cost together."""
-        parameters = sum(p.numel() for p in self.vlm.parameters())      # loads the model before the clock starts
-        ask = MeteredAsk(self.vlm, self.cfg)
         chats = [item.chat() for item, _ in candidates]
+
+        # Before the clock starts: load the weights, encode the pictures. See CostedScore.
+        parameters = sum(p.numel() for p in self.vlm.parameters())
+        with torch.no_grad():
+            self.vlm.image_features(self.vlm.processor(chats))
+
+        ask = MeteredAsk(self.vlm, self.cfg)
         texts = [item_texts for _, item_texts in candidates]
         rows = []
         for scores in VERDICTS[self.cfg.verdict](ask, chats, texts):
@@ -196,7 +219,8 @@ class MeteredAsk:
             reply_tokens = sum(len(reply.token_ids) for reply in replies)
         self.seconds += time.perf_counter() - started
 
-        prompts = self.vlm.processor.rows(chats, {})    # counted beside the clock
+        # Counted beside the clock. The processor knows these texts and pictures: it only puts them together again.
+        prompts = self.vlm.processor.rows(chats, {})
         self.tokens += reply_tokens + sum(len(prompt.ids) for prompt in prompts)
         return replies
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from tasks import TASKS
-from tasks.flags import check_ranges, flag
+from tasks.flags import check_pixel_range, check_ranges, flag
 
 DTYPE_NAMES = ("float32", "bfloat16")
 
@@ -27,6 +27,8 @@ class TrainingFlags:
     max_new_tokens: int = flag(16, "longest answer, in tokens", low=1)
     verdict_tokens: int = flag(16, "longest verdict, in tokens", low=1)
     sample_batch: int = flag(64, "prompts that are sampled together", low=1)
+    min_pixels: int | None = flag(None, "enlarge smaller pictures to this area (default: the model's own)", low=1)
+    max_pixels: int | None = flag(None, "shrink larger pictures to this area: less memory", low=1)
     # Optimisation
     lr: float = flag(3e-5, "peak learning rate", low=0, high=1)
     warmup_steps: int = flag(5, "steps of linear warm-up; a cosine to a tenth of the peak follows", low=0)
@@ -47,6 +49,7 @@ class TrainingFlags:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_pixel_range(self.min_pixels, self.max_pixels)
         check_trainable(self.trainable, self.lora_rank)
 
         if self.task is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loop.flags import TrainingFlags, check_trainable
+from loop.loading import DTYPES, limit_pixels
 from loop.ranks import NonFinite
 from loop.run import Run
 from model import load_vlm
@@ -22,7 +23,6 @@ from model.lora import adapters, adapters_off, add_adapters
 from model.vlm import VLM, FeatureCache
 
 T = TypeVar("T")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ONE_THREAD_PARAMETERS = 10_000_000                      # a model with fewer is computed fastest by one CPU thread
 
 
@@ -37,6 +37,7 @@ def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
     dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     vlm = load_vlm(path, device, dtype if cfg.lora_rank else torch.float32)
     vlm.compute_dtype = dtype
+    limit_pixels(vlm.processor, cfg.min_pixels, cfg.max_pixels)
 
     set_trainable(vlm, cfg.trainable, cfg.lora_rank, cfg.seed)
     for parameter in vlm.parameters():
@@ -101,7 +102,18 @@ def reference_model(vlm: VLM) -> Iterator[VLM]:
         return
     copy = load_vlm(vlm.folder, vlm.device, vlm.dtype).requires_grad_(False)
     copy.feature_cache = vlm.feature_cache              # the same tower; None where the tower is trained
+    copy.processor = vlm.processor                      # with its pixel limits, and what it knows of pictures
     yield copy
+
+
+def pairs_at_once(cfg: TrainingFlags, vlm: VLM) -> int:
+    """Preference pairs a forward pass on one rank: --micro-batch in fp32, one in bf16.
+
+    What a row comes to depends a little on the length that the rows beside it are padded to: in fp32 by about 1e-7 of
+    log pi(y|x), in bf16 by as much as 5e-4 of it. Policy and reference meet a pair beside different rows. So in bf16
+    both compute it alone: before the first step they are equal bit for bit, and the loss is ln 2.
+    """
+    return cfg.micro_batch if vlm.dtype == torch.float32 else 1
 
 
 # ---- the optimiser
@@ -134,11 +146,12 @@ def learning_rate(peak: float, warmup_steps: int, step: int, planned: int) -> fl
 
 def optimiser_step(run: Run, optimiser: torch.optim.Optimizer, batch: Sequence[T],
                    loss: Callable[[Sequence[T]], tuple[Tensor, dict[str, Tensor]]], names: Sequence[str], step: int,
-                   planned: int) -> dict[str, float]:
+                   planned: int, micro_batch: int | None = None) -> dict[str, float]:
     """One step over `batch`, shared between ranks and cut into micro-batches, normalised once over all of it.
 
     `loss(part)` returns the losses of n examples, (n,), with gradient, and their metrics by name, (n,) each, "loss"
-    among `names`. `step` counts from 1, `planned` is the last. run.cfg has micro_batch, clip, lr and warmup_steps.
+    among `names`. `step` counts from 1, `planned` is the last. run.cfg has micro_batch (unless one is given), clip, lr
+    and warmup_steps.
     Returns the metrics' means over the batch, grad_norm and lr. Raises NonFinite, before anything is updated, if the
     loss or the gradient is NaN or infinite.
     """
@@ -146,11 +159,14 @@ def optimiser_step(run: Run, optimiser: torch.optim.Optimizer, batch: Sequence[T
     ranks = run.ranks
     parameters = optimiser.param_groups[0]["params"]
 
+    if micro_batch is None:
+        micro_batch = cfg.micro_batch
+
     # Gradients add up over micro-batches and ranks; each is divided by the whole batch's size.
     mine = batch[ranks.rank::ranks.world]
     totals = torch.zeros(len(names), device=ranks.device)
-    for start in range(0, len(mine), cfg.micro_batch):
-        losses, metrics = loss(mine[start:start + cfg.micro_batch])
+    for start in range(0, len(mine), micro_batch):
+        losses, metrics = loss(mine[start:start + micro_batch])
         # Without a picture nothing depends on cross-attention: where that alone is trained there is no gradient.
         if losses.requires_grad:
             (losses.sum() / len(batch)).backward()

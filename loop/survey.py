@@ -10,6 +10,7 @@ from typing import TypeVar
 from eval import load_task
 from loop.cached_model import AskConfig, CachedModel, CostedScore
 from tasks import TASKS, Item
+from tasks.flags import check_pixel_range
 from tasks.jsonl import Response
 from verifier import VERDICTS
 
@@ -31,6 +32,7 @@ class SurveyConfig(AskConfig):
             raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {self.task!r}")
         if self.verdict not in VERDICTS:
             raise ValueError(f"--verdict must be one of {', '.join(VERDICTS)}, not {self.verdict!r}")
+        check_pixel_range(self.min_pixels, self.max_pixels)
 
 
 @dataclass(frozen=True)

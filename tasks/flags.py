@@ -50,6 +50,12 @@ def check_ranges(config: Any) -> None:
         raise ValueError(f"{flag_name(entry)} must be {allowed}, not {value}")
 
 
+def check_pixel_range(min_pixels: int | None, max_pixels: int | None) -> None:
+    """ValueError where --min-pixels and --max-pixels are both given and leave no picture between them."""
+    if min_pixels and max_pixels and min_pixels > max_pixels:
+        raise ValueError(f"--min-pixels {min_pixels} is above --max-pixels {max_pixels}")
+
+
 def flag_name(entry: Field) -> str:
     """max_new_tokens -> --max-new-tokens."""
     return "--" + entry.name.replace("_", "-")

@@ -298,7 +298,7 @@ def model(monkeypatch, tmp_path):
     stub.asked, stub.loaded, stub.breaks_after = [], [], 10 ** 9
 
     def generate(vlm, chats, n, max_new_tokens, temperature, seed):
-        assert vlm == "weights" and n == 1 and temperature == 0.0
+        assert vlm is stub.vlm and n == 1 and temperature == 0.0
         if len(stub.asked) + len(chats) > stub.breaks_after:
             raise KeyboardInterrupt
         texts = [chat[0]["content"][-1]["text"] for chat in chats]
@@ -307,9 +307,14 @@ def model(monkeypatch, tmp_path):
 
     def load_vlm(path, device, dtype):
         stub.loaded.append((path, device, str(dtype)))
-        return "weights"
+        stub.vlm.requires_grad_ = lambda wanted: stub.vlm
+        return stub.vlm
     stub.generate, stub.load_vlm = generate, load_vlm
+    stub.limits = []
+    processor = types.SimpleNamespace(limit_pixels=lambda *limits: stub.limits.append(limits))
+    stub.vlm = types.SimpleNamespace(processor=processor)
     monkeypatch.setitem(sys.modules, "model", stub)
+    monkeypatch.setitem(sys.modules, "model.vlm", types.SimpleNamespace(FeatureCache=lambda size: size))
     return stub
 
 
@@ -322,6 +327,17 @@ def test_a_model_is_asked_and_scored(task, model, tmp_path, capsys):
     assert run("--task", "jsonl", "--data", task, "--responses", tmp_path / "o" / "responses.jsonl") == 0
     captured = capsys.readouterr()
     assert captured.out.count("accuracy") == 2 and "5/5" in captured.err
+
+
+def test_pictures_within_limits(task, model, tmp_path, capsys):
+    """The model is told the limits before it is asked; answers under other limits are not mixed in."""
+    command = ["--task", "jsonl", "--data", task, "--model", "m", "--out", tmp_path / "o"]
+    assert run(*command, "--max-pixels", 5000, "--feature-cache-gb", 0.5) == 0
+    assert model.limits == [(None, 5000)] and model.vlm.feature_cache == 500_000_000
+    assert run(*command, "--max-pixels", 6000) == 2
+    assert "max_pixels was 5000, is 6000" in capsys.readouterr().err and len(model.asked) == 5
+    assert run(*command, "--max-pixels", 6000, "--min-pixels", 7000) == 2
+    assert "--min-pixels 7000 is above --max-pixels 6000" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_asks_only_for_the_rest(task, model, tmp_path):

@@ -12,6 +12,7 @@
     scoring_logits    expected_scores: nothing is decoded               the same
     logprob_*         dpo.sequence_logps, forward and backward          log_softmax of the full logits
     preprocessing     the processor's pictures                          transformers' PIL image processor
+    gate              gate.py's survey: a student and one verifier       none
     load_*            load_vlm without its processor                    from_pretrained
     answer_*          the scorers of tasks/ on 10,000 responses, and the slowest hostile response of 1 MB: no peer
 
@@ -39,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
 import bench_peers
+import gate
 import train
 from bench_peers import (
     RATE,
@@ -74,8 +76,10 @@ from eval import score as exact_match
 from loop.optimise import load_trainable, make_optimiser
 from loop.ranks import Ranks
 from loop.run import Run
+from loop.survey import SurveyConfig, survey
 from model import FAMILIES, VLM, generate, load_vlm, next_digits
 from model.checkpoint import load_weights, read_settings
+from model.images import QwenImages
 from model.vlm import FeatureCache
 from replay import Pair
 from tasks import Item
@@ -100,6 +104,7 @@ LINES = [Line("dpo_step", "dpo", "rate", "pairs/s"), Line("dpo_tokens", "dpo", "
          Line("scoring_logits", "scoring_logits", "rate", "candidates/s"),
          Line("logprob_time", "logprob", "seconds", "s"), Line("logprob_memory", "logprob", "first_memory", "MB"),
          Line("preprocessing", "preprocessing", "rate", "pictures/s"),
+         Line("gate", "gate", "rate", "items/s"),
          Line("load_time", "load", "seconds", "s"), Line("load_memory", "load", "of_file", "x file"),
          Line("answer_scoring", "answers", "rate", "responses/s"), Line("answer_hostile", "hostile", "seconds", "s")]
 
@@ -183,9 +188,33 @@ def logprob(size: Size, folder: Path) -> Figures:
 
 
 def preprocessing(size: Size, folder: Path) -> Figures:
-    images, pictures = load_vlm(folder).processor.images, unresized(size)
-    return Meter(size).run(lambda: [images(p) for p in pictures], len(pictures),
-                           check=digest(images(pictures[0]).pixels.numpy().tobytes()))
+    """By a new reader each time: one that has met a picture knows it."""
+    pictures = unresized(size)
+
+    def work() -> list[torch.Tensor]:
+        images = QwenImages(folder)
+        return [images(picture).pixels for picture in pictures]
+    return Meter(size).run(work, len(pictures), check=digest(work()[0].numpy().tobytes()))
+
+
+def survey_items(size: Size, folder: Path) -> Figures:
+    """All that gate.py asks of a student and one verifier, with nothing in its cache: own answers of both, candidates,
+    verdicts. Both are the same checkpoint, in memory one after the other."""
+    rows = []
+    for i, (image, text) in enumerate(questions(size, size.prompts)):
+        image.save(folder / f"gate-{i}.png")
+        rows.append({"id": str(i), "question": text, "images": [f"gate-{i}.png"], "choices": None, "answer": "1",
+                     "answer_type": "integer", "precision": None})
+    (folder / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = gate.Config(
+        student=str(folder), verifier=[str(folder)], task="jsonl", data=str(folder / "gate.jsonl"), items=size.prompts,
+        k=size.samples, max_new_tokens=size.completion, verdict_tokens=size.verdict, device=size.device)
+    asked = SurveyConfig(**{field.name: getattr(cfg, field.name) for field in fields(SurveyConfig)})
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as cache:
+            survey(asked, Path(cache))
+    return Meter(size).run(work, size.prompts)
 
 
 def load(size: Size, folder: Path) -> Figures:
@@ -255,7 +284,8 @@ def checkpoint(size: Size, folder: Path) -> Figures:
 
 SIDES = {"checkpoint": checkpoint, "ceilings": ceilings, "dpo": dpo, "dpo_bf16": partial(dpo, dtype=torch.bfloat16),
          "sampling": sampling, "scoring": scoring,
-         "scoring_logits": scoring_logits, "logprob": logprob, "preprocessing": preprocessing, "load": load,
+         "scoring_logits": scoring_logits, "logprob": logprob, "preprocessing": preprocessing, "gate": survey_items,
+         "load": load,
          "answers": answers, "hostile": hostile}
 
 

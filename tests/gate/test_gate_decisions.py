@@ -54,6 +54,22 @@ def test_coins_seldom_pass(verifier: Verifier, accuracy: float) -> None:
         assert decide(records_of(verifier, 0, 100, accuracy), "paper").verdict == "PASS"
 
 
+@pytest.mark.parametrize("rule", ["ours", "paper"])
+@pytest.mark.parametrize("accuracy", [1e-9, 0.5])
+def test_no_verdict_read_comes_first(rule: str, accuracy: float) -> None:
+    """Even where no candidate is right, so that agreement equals the candidates' correctness: nobody has judged."""
+    records = records_of(lambda *_: None, 0, items=20, accuracy=accuracy)
+    decision = decide([record | {"truncated": True} for record in records], rule)
+    assert decision.verdict == "BLOCK"
+    assert decision.reasons[0].startswith("no verdict of this verifier could be read (160 asked for, 100% of them cut")
+    assert "raise --verdict-tokens" in decision.reasons[0] and "another --verdict or verifier" in decision.reasons[0]
+    unknown = decide(records[:8], rule).reasons[0]
+    assert "(8 asked for)" in unknown or "cut off" in unknown
+
+    readable = [*records[1:], records[0] | {"score": 0.0}]
+    assert not any("no verdict" in reason for reason in decide(readable, rule).reasons)
+
+
 def test_too_few_items_say_what_would_settle_it() -> None:
     for seed in range(8):
         decision = decide(records_of(good, seed, items=6))

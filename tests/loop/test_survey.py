@@ -42,6 +42,16 @@ def items(count: int, colour: int = 0) -> list[Item]:
     return made
 
 
+class StandInProcessor:
+    """Every prompt has as many tokens."""
+
+    def __call__(self, chats: list) -> list:
+        return chats
+
+    def rows(self, chats: list, _: dict) -> list[SimpleNamespace]:
+        return [SimpleNamespace(ids=[0] * PROMPT) for _ in chats]
+
+
 class World:
     """Stand-ins for the models below `folder`, a record of what they were asked, and a clock that only they move."""
 
@@ -76,12 +86,15 @@ class World:
     def load(self, folder: Path, *_: Any) -> SimpleNamespace:
         """Stands in for load_vlm."""
         self.loaded.append(folder.name)
-
-        def rows(chats: list, _: dict) -> list[SimpleNamespace]:
-            return [SimpleNamespace(ids=[0] * PROMPT) for _ in chats]
         weight = SimpleNamespace(numel=lambda: len(folder.name))
-        processor = SimpleNamespace(rows=rows)
-        return SimpleNamespace(name=folder.name, processor=processor, parameters=lambda: [weight] * 3)
+        vlm = SimpleNamespace(name=folder.name, processor=StandInProcessor(), parameters=lambda: [weight] * 3)
+        vlm.requires_grad_ = lambda _: vlm
+        vlm.image_features = self.encode
+        return vlm
+
+    def encode(self, batch: list) -> None:
+        """Stands in for the tower: it takes long."""
+        self.clock += 1000 * len(batch)
 
     def generate(self, vlm: Any, chats: list, n: int = 1, **how: Any) -> list[list[SimpleNamespace]]:
         """Stands in for generate."""
@@ -228,12 +241,40 @@ def test_the_student_as_its_own_verifier(world: World) -> None:
     ({"k": 3}, {("student", "samples"): 45, ("right", "verdicts"): 90}),
     ({"temperature": 0.5}, {("student", "samples"): 45}), ({"top_p": 0.5}, {("student", "samples"): 45}),
     ({"max_new_tokens": 8}, STUDENT | {("right", "answers"): 45}),
-    ({"batch_size": 15}, STUDENT | own("right"))], ids=str)
+    ({"batch_size": 15}, STUDENT | own("right")), ({"dtype": "bfloat16"}, STUDENT | own("right"))], ids=str)
 def test_other_flags_are_asked_for(world: World, flags: dict[str, Any], expected: dict) -> None:
     """What depends on the flag, and nothing else: where the candidates come out the same, so do the verdicts."""
     world.ask("right")
     world.ask("right", **flags)
     assert world.asked() == expected
+
+
+def test_pixel_limits_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture) -> None:
+    """Limits are tried on all models before one is asked, set on each that is loaded, and part of what is kept."""
+    tried = []
+    limited = []
+    monkeypatch.setattr(cached_model, "check_pixel_limits", lambda folder, *limits: tried.append((folder.name, limits)))
+    monkeypatch.setattr(cached_model, "limit_pixels", lambda _, *limits: limited.append(limits))
+    world.ask("right")
+    assert limited == [(0, 0)] * 2
+    world.ask("right", max_pixels=5000)
+    assert world.asked() == STUDENT | own("right")
+    assert tried[2:] == [("student", (0, 5000)), ("right", (0, 5000))] and limited[2:] == [(0, 5000)] * 2
+
+    world.ask("right", max_pixels=5000)
+    assert not world.calls
+    with pytest.raises(SystemExit) as stopped:
+        world.ask("right", min_pixels=6000, max_pixels=5000)
+    assert stopped.value.code == 2 and "--min-pixels 6000 is above --max-pixels 5000" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_keep_the_limits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It is named before the student is asked."""
+    words = ["--student", TINY / "student", "--verifier", TINY / "verifier", "--task", "bar", "--items", 2,
+             "--out", tmp_path / "report.json", "--max-pixels", 1]
+    assert gate.main([str(word) for word in words]) == 1
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "gate_cache").exists()
 
 
 def test_other_models_and_items_are_asked_for(world: World) -> None:

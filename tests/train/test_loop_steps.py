@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 
 import train
 from eval import score
-from loop.optimise import learning_rate
+from loop.optimise import learning_rate, make_optimiser, reference_model
 from loop.ranks import NonFinite, Ranks
 from loop.run import Run
+from loop.state import State
+from model.processor import Processor, QwenProcessor
 from replay import Pair
 from runs import by_id, config, equal, few_items, rows, start, state, summary
 from tasks import Item
@@ -115,6 +118,52 @@ def test_micro_batches_make_one_step(parts: tuple, pairs: list[Pair], loss: str)
         assert row == pytest.approx(whole, rel=1e-5, abs=1e-6)
         for name in gradient:
             assert (gradient[name] - other[name]).abs().max() <= 1e-6 * max(1.0, whole["grad_norm"]), name
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("micro_batch", [1, 3, 32])
+def test_in_bf16_the_first_loss_is_ln_2(micro_batch: int, lora_rank: int, pairs: list[Pair], tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, whatever --micro-batch: each pair is computed alone by reference and policy. The pairs differ in
+    length, and meet each other in another order than the reference met them in."""
+    cfg = config(tmp_path / "run", dtype="bfloat16", micro_batch=micro_batch, lora_rank=lora_rank)
+    run = Run(cfg, Ranks("cpu"))
+    student, _ = train.load_models(run)
+    longer = [replace(p, chosen=p.chosen * (1 + i % 3), rejected=p.rejected * (1 + i % 5)) for i, p in enumerate(pairs)]
+    scored = train.with_reference_logps(run, student, longer, by_id())
+
+    sizes = []
+    real = train.pair_losses
+
+    def counted(cfg: train.Config, student: Any, part: list[Pair], items: dict[str, Item]) -> Any:
+        sizes.append(len(part))
+        return real(cfg, student, part, items)
+    monkeypatch.setattr(train, "pair_losses", counted)
+    row = train.train_step(run, student, make_optimiser(student, 0.0, 0.0), scored, by_id(), 1)
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-6) and sizes == [1] * len(pairs)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert row[name] == 0.0
+
+
+def test_pixel_limits_reach_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student, verifier, the copy that is deployed; the reference has the student's processor. config.json says so."""
+    limits: list[tuple[int | None, int | None]] = []
+    monkeypatch.setattr(Processor, "limit_pixels", lambda _, *given: limits.append(given), raising=False)
+    monkeypatch.delattr(QwenProcessor, "limit_pixels", raising=False)
+    run = Run(config(tmp_path / "run", max_pixels=5000, gate_items=4), Ranks("cpu"))
+    student, _ = train.load_models(run)
+    assert limits == [(None, 5000)] * 2
+    with reference_model(student) as reference:
+        assert reference.processor is student.processor
+    deployed = []
+    monkeypatch.setattr(train, "greedy_answers", lambda run, vlm, *_: deployed.append(vlm) or [])
+    monkeypatch.setattr(train, "compare_answers", lambda *_, **__: {"reasons": []})
+    state_now = State(frozen=[], trained_on=[])
+    train.deploy_gate(run, student, student, [], [], state_now)
+    assert limits == [(None, 5000)] * 3 and deployed[0].feature_cache.max_bytes == int(run.cfg.feature_cache_gb * 1e9)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_pixels"] == 5000
+    with pytest.raises(ValueError, match="--min-pixels 6000 is above --max-pixels 5000"):
+        config(tmp_path / "other", max_pixels=5000, min_pixels=6000)
 
 
 def test_a_reference_of_another_prompt_is_refused(parts: tuple, pairs: list[Pair]) -> None:

@@ -1,0 +1,41 @@
+"""Models as the programs open them: frozen where they only answer, pictures resized within the limits of the flags."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from loop.flags import TrainingFlags
+from model import FAMILIES, VLM
+from model.checkpoint import read_settings
+from model.processor import Processor
+from model.vlm import FeatureCache
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}         # by their names in --dtype
+
+
+def frozen(vlm: VLM, cfg: TrainingFlags) -> VLM:
+    """The model, to be asked and not trained. It keeps the features of pictures, up to feature_cache_gb."""
+    vlm.requires_grad_(False)
+    vlm.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
+    limit_pixels(vlm.processor, cfg.min_pixels, cfg.max_pixels)
+    return vlm
+
+
+def limit_pixels(processor: Processor, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Resize pictures to areas between these limits; None (or 0) is what the model's own files say.
+
+    ValueError where a limit cannot be kept, and for a family that does not resize to an area.
+    """
+    if min_pixels or max_pixels:
+        processor.limit_pixels(min_pixels or None, max_pixels or None)
+
+
+def check_pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> None:
+    """ValueError where the model in `folder` cannot keep the limits; its weights are not read."""
+    if not min_pixels and not max_pixels:
+        return
+    config = read_settings(folder, "config.json")
+    family = FAMILIES.get(config["model_type"])
+    if family is not None:                              # load_vlm says that it is none
+        limit_pixels(family.make_processor(folder, config), min_pixels, max_pixels)
