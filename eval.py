@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from tasks import TASKS, Item, Verdict, jsonl, task_module
 from tasks.flags import check_pixel_range, check_ranges, flag, parse_flags
@@ -75,12 +75,7 @@ class Answer:
     tokens: int | None
 
 
-class Figure(TypedDict):
-    """A share or a mean of shares with its 95 % interval, as gate.py makes them; `value` is None where n is 0."""
-    value: float | None
-    low: float
-    high: float
-    n: int
+Figure = dict[str, Any]                         # {"value", "low", "high", "n"}: see gate.Figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,14 +92,11 @@ def main(argv: list[str] | None = None) -> int:
             # Here and not above: whoever scores answers from elsewhere needs neither torch nor model/.
             import torch
 
+            from loop.loading import frozen
             from model import generate, load_vlm
-            from model.vlm import FeatureCache
             device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
             dtype = cfg.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-            vlm = load_vlm(cfg.model, device=device, dtype=getattr(torch, dtype)).requires_grad_(False)
-            vlm.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
-            if cfg.min_pixels or cfg.max_pixels:
-                vlm.processor.limit_pixels(cfg.min_pixels, cfg.max_pixels)
+            vlm = frozen(load_vlm(cfg.model, device=device, dtype=getattr(torch, dtype)), cfg)
             greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
             completions = ask(items, greedy, out.responses, cfg.batch_size)
             finish(items, completions, out)

@@ -41,7 +41,6 @@ ACCEPT = 0.5                    # a score from here on says "right"
 MIN_DIRECTION = 0.5             # the q at which the mean update changes sign
 NEEDED_MIXED = 35               # mixed pairs that show q = 0.8 at least 19 times in 20
 NEARLY = 0.05                   # a cheaper verifier must be shown to lack less agreement than this
-# Optional keys of a record, each with the report's name of its share
 RATES = {"truncated": "truncation_rate", "candidate_parsed": "answer_parse_rate",
          "candidate_truncated": "answer_truncation_rate"}
 ITEM_RATES = {"own_correct": "own_answer_accuracy", "own_parsed": "own_parse_rate",
@@ -180,11 +179,6 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool], fell: bool = False) -
     return min(1.0, 2 * _upper_tail(max(lost, gained), lost + gained, 0.5))
 
 
-def fell_significantly(before: Sequence[bool], after: Sequence[bool], alpha: float = 0.05) -> bool:
-    """Did accuracy fall on the same items, by the one-sided exact McNemar test at level `alpha`?"""
-    return mcnemar(before, after, fell=True) <= alpha
-
-
 # ---- records
 class Record(TypedDict, total=False):
     """A candidate that a verifier has scored. Keys from `text` on may be null or absent."""
@@ -214,9 +208,7 @@ def gather_records(items: Sequence[Any], *, greedy: Call, sample: Call, score: C
     (.value, .truncated; optional: .seconds, .tokens); `correct(item, text)`: .correct and .answer.
     """
     samples = sample(items)
-    texts = []
-    for completions in samples:
-        texts.append([completion.text for completion in completions])
+    texts = [[completion.text for completion in completions] for completions in samples]
     rows = zip(items, samples, score(items, texts), greedy(items), own(items), strict=True)
     records = []
     for item, completions, verdicts, student_answer, verifier_answer in rows:
@@ -411,23 +403,16 @@ def decide_before(
         checks.append(_direction_shown(measures, min_direction))
     if rule == "ours" and "own_answer_accuracy" in measures:
         name = "accuracy of the verifier's own answers"
-        own = measures["own_answer_accuracy"]
         student = measures.get("greedy_accuracy") or baseline
+        own = measures["own_answer_accuracy"]
         checks.append(_not_below(name, own, "the student's accuracy", student))
     if not measures["parse_rate"]["value"]:
-        checks.insert(0, (False, _no_verdict(measures)))
+        unread = f"no verdict of this verifier could be read ({measures['records']} asked for)"
+        checks.insert(0, (False, f"{unread}, so nothing below is about its judgment: raise "
+                          "--verdict-tokens, or choose another --verdict or verifier"))
     passed = all(holds for holds, _ in checks)
     reasons = [reason for holds, reason in checks if holds == passed]
     return Decision("PASS" if passed else "BLOCK", reasons, measures)
-
-
-def _no_verdict(measures: Measures) -> str:
-    """The sentence that comes first where every score is null."""
-    cut_off = measures.get("truncation_rate")
-    share = f", {cut_off['value']:.0%} of them cut off" if cut_off else ""
-    return (f"no verdict of this verifier could be read ({measures['records']} asked for{share}), "
-            "so nothing below is about its judgment: raise --verdict-tokens, or choose another "
-            "--verdict or verifier")
 
 
 def _not_below(name: str, figure: Figure, base_name: str, base: Figure) -> tuple[bool, str]:
@@ -596,8 +581,7 @@ class Config:
     batch_size: int = flag(16, "prompts that are prefilled together", 1)
     seed: int = flag(0, "seed of the choice of items and of the sampling", 0)
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
-    dtype: str = flag(
-        "", "default: bfloat16 on cuda, else float32", choices=("float32", "bfloat16"))
+    dtype: str = flag("", "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
     min_pixels: int = flag(0, "enlarge smaller pictures to this area; 0: the model's own", 0)
     max_pixels: int = flag(0, "shrink larger pictures to this area; 0: the model's own", 0)
     cache: str = flag("", "folder of what models answered (default: gate_cache beside the report)")
@@ -619,7 +603,8 @@ class Config:
             low, high = option.metadata["range"]
             if isinstance(value, (int, float)) and not low <= value <= high:        # or NaN
                 allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-                raise ValueError(f"--{option.name} must be {allowed}, not {value}".replace("_", "-"))
+                flag_name = option.name.replace("_", "-")
+                raise ValueError(f"--{flag_name} must be {allowed}, not {value}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -635,8 +620,8 @@ def build_parser() -> argparse.ArgumentParser:
             continue
         if option.default != "":
             text += f" (default {option.default})"
-        kind = type(option.default)
-        parser.add_argument(name, type=kind, choices=option.metadata["choices"], help=text)
+        choices = option.metadata["choices"]
+        parser.add_argument(name, type=type(option.default), choices=choices, help=text)
     return parser
 
 

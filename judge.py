@@ -66,7 +66,7 @@ from tasks.flags import flag, parse_flags
 from tasks.splits import Splits
 from verifier import comparison_chat
 
-# The paper's parts that others import from here; most of them live in loop/.
+# The paper's parts, most of which live in loop/
 __all__ = ["Judgment", "SyntheticPair", "alter_chat", "altered_pair", "balanced", "completion_logps", "correct_pair",
            "judge_pairs", "kept_judgments", "main", "majority_pair"]
 
@@ -104,8 +104,6 @@ class Config(TrainingFlags):
     # Optimisation
     lr: float = flag(3e-4, "peak learning rate of an iteration; 1e-5 suits a published checkpoint", low=0, high=1)
     epochs: int = flag(5, "passes over the kept judgments", low=1)
-    batch_size: int = flag(32, "judgments a step, over all ranks", low=1)
-    micro_batch: int = flag(32, "judgments a forward pass on one rank", low=1)
     # Saving, machine
     save_every: int = flag(50, "steps between checkpoints", low=1)
 

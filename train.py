@@ -38,14 +38,8 @@ from loop import demo
 from loop.asking import greedy_answers, greedy_completions, verdicts
 from loop.disk import check_disk
 from loop.flags import TrainingFlags
-from loop.loading import frozen
-from loop.optimise import (
-    load_trainable,
-    make_optimiser,
-    optimiser_step,
-    pairs_at_once,
-    reference_model,
-)
+from loop.loading import frozen, pairs_at_once
+from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
@@ -157,7 +151,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
         save(run, state, student, optimiser, replay)
 
     if cfg.stop_on_regression and state.warnings:                       # a resumed run had stopped
-        return finish(run, state, regression(state))
+        return finish(run, state, state.regression)
 
     while state.round < cfg.rounds:
         if state.fresh is None:
@@ -193,7 +187,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             if interrupted:
                 raise Interrupted
             if regressed:
-                return finish(run, state, regression(state))
+                return finish(run, state, state.regression)
 
         state.round += 1
         state.position = 0
@@ -422,11 +416,6 @@ def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
     why = explanation.pop("reasons")
     reasons = decision.reasons + why if decision.verdict == "REJECT" else decision.reasons
     return {"verdict": decision.verdict, "reasons": reasons, **decision.measures, **explanation}
-
-
-def regression(state: State) -> dict[str, Any]:
-    """The outcome of a run that --stop-on-regression ended."""
-    return {"verdict": "REJECT", "reasons": state.warnings}
 
 
 def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:

@@ -106,16 +106,6 @@ def reference_model(vlm: VLM) -> Iterator[VLM]:
     yield copy
 
 
-def pairs_at_once(cfg: TrainingFlags, vlm: VLM) -> int:
-    """Preference pairs a forward pass on one rank: --micro-batch in fp32, one in bf16.
-
-    What a row comes to depends a little on the length that the rows beside it are padded to: in fp32 by about 1e-7 of
-    log pi(y|x), in bf16 by as much as 5e-4 of it. Policy and reference meet a pair beside different rows. So in bf16
-    both compute it alone: before the first step they are equal bit for bit, and the loss is ln 2.
-    """
-    return cfg.micro_batch if vlm.dtype == torch.float32 else 1
-
-
 # ---- the optimiser
 
 def make_optimiser(vlm: VLM, lr: float, weight_decay: float) -> torch.optim.AdamW:

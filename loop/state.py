@@ -43,6 +43,11 @@ class State:
         return mean(self.losses[-FINAL_STEPS:]) if self.losses else None
 
     @property
+    def regression(self) -> dict[str, Any]:
+        """The outcome of a run that --stop-on-regression ended."""
+        return {"verdict": "REJECT", "reasons": self.warnings}
+
+    @property
     def baseline_accuracy(self) -> Figure | None:
         """The frozen student's accuracy on the held-out split, with its interval; None if it was not asked."""
         if not self.frozen_held_out:

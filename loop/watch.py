@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from eval import Answer
-from gate import fell_significantly
+from gate import mcnemar
 from loop.asking import greedy_answers
 from loop.run import Run
 from loop.state import State
@@ -44,3 +44,8 @@ def regression_warnings(run: Run, state: State, answers: Sequence[Answer], evalu
                f"while watched accuracy fell from {mean(state.frozen_watched):.3f} to {mean(right):.3f}")
     run.say(f"WARNING {warning}")
     return [warning]
+
+
+def fell_significantly(before: Sequence[bool], after: Sequence[bool], alpha: float) -> bool:
+    """Did accuracy fall on the same items, by the one-sided exact McNemar test at level `alpha`?"""
+    return mcnemar(before, after, fell=True) <= alpha

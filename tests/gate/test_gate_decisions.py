@@ -61,10 +61,9 @@ def test_no_verdict_read_comes_first(rule: str, accuracy: float) -> None:
     records = records_of(lambda *_: None, 0, items=20, accuracy=accuracy)
     decision = decide([record | {"truncated": True} for record in records], rule)
     assert decision.verdict == "BLOCK"
-    assert decision.reasons[0].startswith("no verdict of this verifier could be read (160 asked for, 100% of them cut")
+    assert decision.reasons[0].startswith("no verdict of this verifier could be read (160 asked for)")
     assert "raise --verdict-tokens" in decision.reasons[0] and "another --verdict or verifier" in decision.reasons[0]
-    unknown = decide(records[:8], rule).reasons[0]
-    assert "(8 asked for)" in unknown or "cut off" in unknown
+    assert "(8 asked for)" in decide(records[:8], rule).reasons[0]
 
     readable = [*records[1:], records[0] | {"score": 0.0}]
     assert not any("no verdict" in reason for reason in decide(readable, rule).reasons)

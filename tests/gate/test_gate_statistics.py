@@ -11,13 +11,13 @@ import gate
 from gate import (
     balanced_ratio,
     clustered_ratio,
-    fell_significantly,
     format_figure,
     mcnemar,
     paired_difference,
     proportion,
 )
 from gate_data import clusters, inside
+from loop.watch import fell_significantly
 
 # ---- one share of independent trials
 
