@@ -1,7 +1,7 @@
 """Checkpoints of the six published models at their true width and vocabulary, with few layers and random weights.
 
-    write_checkpoint(folder, "Qwen3-VL-8B")     a folder as it is published: config, tokenizer, settings, weights in shards
-    teach(folder, ["1", "2", "3"])              edits it so that the model answers one of these texts, whatever it is asked
+    write_checkpoint(folder, shorten(CONFIGS["Qwen3-VL-8B"]))       a folder as it is published, its weights in shards
+    teach(folder, ["1", "2", "3"])                                  edits it: the model answers one of these texts
 
 Every number of config.json is the published one, except how many layers there are and which of them do something special
 (`shorten`). The tokenizer has the published number of entries and its control tokens at their published ids; what lies
@@ -38,7 +38,6 @@ from golden.make import PREPROCESSING
 from model import FAMILIES
 from model.checkpoint import INDEX, read_settings, tensor_files
 from model.processor import load_tokenizer
-from published import CONFIGS
 from tiny import disk_name
 from verifier import CANDIDATE, COMPARISON, RUBRIC
 
@@ -83,6 +82,14 @@ def shorten(config: dict) -> dict:
         vision.update(num_hidden_layers=2, num_global_layers=1, intermediate_layers_indices=depths,
                       vision_output_dim=(1 + len(depths)) * vision["hidden_size"], initializer_range=0.02)
         config.update(torch_dtype="bfloat16", transformers_version="4.45.0.dev0")
+    return config
+
+
+def narrow(config: dict) -> dict:
+    """A Qwen3-VL configuration as a model of little width: a partner for the large ones, quick on its feet."""
+    config = shorten(config)
+    config["text_config"].update(hidden_size=512, num_attention_heads=4, num_key_value_heads=2, intermediate_size=1024)
+    config["vision_config"].update(hidden_size=64, num_heads=2, intermediate_size=128, out_hidden_size=512)
     return config
 
 
@@ -172,10 +179,9 @@ def fill_up(merges: list[tuple[str, str]], with_numbers: bool, entries: int) -> 
 
 # ---- weights
 
-def write_checkpoint(folder: Path, name: str) -> Path:
-    """Write the folder of one of published.CONFIGS."""
+def write_checkpoint(folder: Path, config: dict) -> Path:
+    """Write the folder of a configuration."""
     folder.mkdir(parents=True)
-    config = shorten(CONFIGS[name])
     family = config["model_type"]
     if family == "mllama":
         generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "bos_token_id": 128000,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from build import write_checkpoint
+from build import narrow, shorten, teach, write_checkpoint
 from published import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +21,7 @@ CORES = os.cpu_count() or 1
 MOST_MEMORY = 8 * 2 ** 30                               # bytes that a process may hold at its peak
 MOST_DISK = 10 * 10 ** 9                                # bytes that the folders may take together
 LONGEST_PROGRAM = 600                                   # seconds
+SCORES = [f'{{"score": 0.{digit}}}' for digit in range(1, 10)]       # what a verifier is taught to say
 WATCH_EVERY = 0.1                                       # seconds between looks at a program's memory and disk
 
 
@@ -118,7 +119,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     work = tmp_path_factory.mktemp("true_shapes")
     seconds = seconds_of_cores()
     forget_peak_memory()
-    folder = write_checkpoint(work / name, name)
+    folder = write_checkpoint(work / name, shorten(CONFIGS[name]))
     held = Checkpoint(name, CONFIGS[name]["model_type"], folder, work)
     held.look()
     yield held
@@ -128,6 +129,15 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     print(report(held, seconds_of_cores() - seconds))
     assert max(held.memory.values()) <= MOST_MEMORY, held.memory
     assert held.disk <= MOST_DISK
+
+
+@pytest.fixture(scope="session")
+def verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that gives scores."""
+    folder = tmp_path_factory.mktemp("partner") / "verifier"
+    write_checkpoint(folder, narrow(CONFIGS["Qwen3-VL-2B"]))
+    teach(folder, SCORES)
+    return folder
 
 
 def seconds_of_cores() -> float:

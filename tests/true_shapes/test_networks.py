@@ -168,10 +168,10 @@ def compare_tower(reference: torch.nn.Module, inputs: dict[str, Tensor], ours: T
 @pytest.mark.models("Qwen3-VL-2B")
 @torch.no_grad()
 def test_everything_in_fp32(checkpoint: Checkpoint) -> None:
-    """The smallest model with photographs as they are: all logits, and answers that do not depend on the batch."""
+    """The smallest model, with photographs as they are: all logits, and answers that do not depend on the batch."""
     pytest.importorskip("transformers")
     model = load_like_transformers(checkpoint.folder, torch.float32)
-    chats = [photo_chat(), chat(photograph(500, 375, 1), "and", photograph(300, 400, 2), "which?"), text_chat()]
+    chats = [chat(photograph(400, 300), "which?"), chat("and", photograph(256, 200, 1), "what?"), text_chat()]
     batch = model.processor(chats[:1])
     ours = model(batch)
     reference = load_reference(checkpoint.folder, torch.float32)
@@ -179,10 +179,11 @@ def test_everything_in_fp32(checkpoint: Checkpoint) -> None:
     del reference
     assert (ours - theirs).abs().max() <= FP32_ERROR * theirs.abs().max()
 
-    together = generate(model, chats, n=2, max_new_tokens=4, temperature=0.8, top_p=0.9, top_k=TOP_K, seed=3)
-    alone = [generate(model, [one], n=2, max_new_tokens=4, temperature=0.8, top_p=0.9, top_k=TOP_K, seed=3)[0]
-             for one in chats]
-    assert together == alone
+    sampling = {"n": 2, "max_new_tokens": 4, "temperature": 0.8, "top_p": 0.9, "top_k": TOP_K, "seed": 3}
+    together = generate(model, chats, **sampling)
+    [alone] = generate(model, chats[1:2], **sampling)
+    assert together[1] == alone
+    assert len({completion.token_ids for completions in together for completion in completions}) == 6
 
 
 # ---- answers, and the pairs that they make
