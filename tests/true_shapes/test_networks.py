@@ -1,0 +1,249 @@
+"""The six published models at their true width and vocabulary: opened, compared with transformers, asked, saved.
+
+In bf16, as they are published. A CPU without bf16 arithmetic takes five times as long for it as for fp32: prompts are
+short and pictures are made small, and each answer serves several checks. Qwen3-VL-2B is checked in fp32, too.
+"""
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from build import PUBLISHED_IDS, photograph
+from conftest import Checkpoint
+from dpo import sequence_logps
+from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
+from model.checkpoint import tensor_files
+from model.pairs import CompletionRows, pack_completions, pack_pairs
+from model.sampler import banned_tokens
+from model.vlm import FeatureCache
+from tiny import chat, load_like_transformers, load_reference, reference_inputs
+from verifier import REPLIES
+
+LIMIT = {"qwen3_vl": 82_000, "qwen2_5_vl": 40_000}      # max_pixels here: 80 and 48 tokens of a photograph of 4 : 3
+LAST = 12                                               # tokens of a prompt whose logits are compared
+TOP_K = 50
+# Logits have a standard deviation of 3. bf16 keeps eight bits, and two layers, a tower and a head round some ten times,
+# each time in another order than the pass that is compared with: a few hundredths of the spread.
+LOGIT_ERROR = 0.3                                       # of a single logit in bf16
+LOGP_ERROR = 0.15                                       # a token, of a log-probability in bf16
+BF16_ERROR = 0.05                                       # root mean square over that of the truth, transformers' own
+BF16_RATIO = 1.5                                        # our error in bf16 over transformers'
+FP32_ERROR = 1e-4                                       # largest difference over largest logit
+
+
+@pytest.fixture(scope="module")
+def vlm(checkpoint: Checkpoint) -> Iterator[VLM]:
+    """The model in bf16; its frozen tower sees each picture once."""
+    model = load_vlm(checkpoint.folder, dtype=torch.bfloat16).requires_grad_(False)
+    model.feature_cache = FeatureCache(10 ** 9)
+    limit_pictures(model, checkpoint.family)
+    yield model
+
+
+def limit_pictures(model: VLM, family: str) -> None:
+    """Make photographs small, where the family can."""
+    if family in LIMIT:
+        model.processor.max_pixels = LIMIT[family]
+
+
+def photo_chat(seed: int = 0) -> list[dict]:
+    return chat(photograph(640, 480, seed), "How many red shapes are there?")
+
+
+def text_chat() -> list[dict]:
+    return chat("Answer with a whole number.")
+
+
+# ---- opened and saved
+
+def test_opens(checkpoint: Checkpoint, vlm: VLM) -> None:
+    """load_vlm is strict; beyond that: bf16 throughout, all files' tensors taken, control tokens at published ids."""
+    assert {parameter.dtype for parameter in vlm.parameters()} == {torch.bfloat16}
+    assert set(vlm.disk_names.values()) == set(tensor_files(checkpoint.folder))
+    tokenizer = vlm.processor.tokenizer
+    for token, number in PUBLISHED_IDS.items():
+        assert tokenizer.token_to_id(token) in (number, None)
+    last = max(number for token, number in PUBLISHED_IDS.items() if tokenizer.token_to_id(token) is not None)
+    assert vlm.processor.vocabulary == last + 1
+
+
+def test_saves_bit_for_bit(checkpoint: Checkpoint, vlm: VLM) -> None:
+    copy = checkpoint.work / "copy"
+    save_vlm(vlm, copy)
+    checkpoint.look()
+    again = load_vlm(copy, dtype=None)
+    assert again.file_dtype == torch.bfloat16
+    others = dict(again.named_parameters())
+    for name, parameter in vlm.named_parameters():
+        assert torch.equal(parameter.view(torch.int16), others.pop(name).view(torch.int16)), name
+    assert not others
+    for path in checkpoint.folder.glob("*.json"):
+        if "index" not in path.name:
+            assert (copy / path.name).read_bytes() == path.read_bytes()
+    shutil.rmtree(copy)
+
+
+# ---- logits
+
+@contextmanager
+def computed_in_fp32(vlm: VLM) -> Iterator[None]:
+    """Inside, activations are fp32 while the weights stay bf16: the truth about them, without a second copy."""
+    cache = vlm.feature_cache
+    vlm.compute_dtype = torch.float32
+    vlm.feature_cache = None
+    yield
+    vlm.compute_dtype = None
+    vlm.feature_cache = cache
+
+
+def relative_error(logits: Tensor, truth: Tensor) -> float:
+    """Root mean square difference over the root mean square of the truth."""
+    return float((logits - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+def last_logits(vlm: VLM, batch: object, features: list[Tensor]) -> Tensor:
+    """Logits of the last tokens in fp32, (B, LAST, V), whatever they are computed in."""
+    hidden = vlm.hidden(batch, features)
+    return vlm.logits(hidden[:, -LAST:]).float()
+
+
+@torch.no_grad()
+def test_logits_in_bf16(checkpoint: Checkpoint, vlm: VLM) -> None:
+    """Our bf16 is at most 1.5 times as far from fp32 as transformers' own, and that is near it."""
+    pytest.importorskip("transformers")
+    is_mllama = checkpoint.family == "mllama"
+    if is_mllama:
+        vlm.follow = "transformers"
+    batch = vlm.processor([photo_chat()])
+    inputs = reference_inputs(vlm, batch)
+    with computed_in_fp32(vlm):
+        exact = vlm.encode_images(batch.pictures)
+        truth = last_logits(vlm, batch, exact)
+    reference = load_reference(checkpoint.folder, torch.bfloat16)
+
+    if is_mllama:
+        # The tower, 6,432 tokens for any picture, is compared in fp32, and its features are handed to the decoders.
+        compare_tower(reference, inputs, exact[0])
+        features = [exact[0].bfloat16()]
+        inputs = {name: tensor for name, tensor in inputs.items() if "pixel" not in name and "ratio" not in name}
+        inputs["cross_attention_states"] = features[0].unflatten(0, (4, -1))
+    else:
+        features = vlm.image_features(batch)
+    theirs = reference(**inputs, logits_to_keep=LAST).logits.float()
+    del reference
+    ours = last_logits(vlm, batch, features)
+
+    reference_error = relative_error(theirs, truth)
+    our_error = relative_error(ours, truth)
+    print(f"{checkpoint.name}: error in bf16 {our_error:.4f}, transformers' {reference_error:.4f}")
+    assert 0 < reference_error < BF16_ERROR
+    assert 0 < our_error < BF16_RATIO * reference_error
+
+    if is_mllama:                                       # the tests that follow see this picture as Meta trained it
+        vlm.follow = "meta"
+        [picture] = batch.pictures
+        used = picture.grid[1] * picture.grid[2] * vlm.model["vision_model"].tokens
+        vlm.feature_cache.put(picture.key, features[0][:used])
+
+
+def compare_tower(reference: torch.nn.Module, inputs: dict[str, Tensor], ours: Tensor) -> None:
+    """Llama's tower and projector in fp32. ours: (tiles * tokens of a tile, H)."""
+    model = reference.model
+    states = model.vision_model.float()(
+        pixel_values=inputs["pixel_values"],
+        aspect_ratio_ids=inputs["aspect_ratio_ids"],
+        aspect_ratio_mask=inputs["aspect_ratio_mask"],
+    ).last_hidden_state
+    theirs = model.multi_modal_projector.float()(states).flatten(0, -2)
+    assert (ours - theirs).abs().max() <= FP32_ERROR * theirs.abs().max()
+    reference.bfloat16()
+
+
+@pytest.mark.models("Qwen3-VL-2B")
+@torch.no_grad()
+def test_everything_in_fp32(checkpoint: Checkpoint) -> None:
+    """The smallest model, with photographs as they are: all logits, and answers that do not depend on the batch."""
+    pytest.importorskip("transformers")
+    model = load_like_transformers(checkpoint.folder, torch.float32)
+    chats = [chat(photograph(400, 300), "which?"), chat("and", photograph(256, 200, 1), "what?"), text_chat()]
+    batch = model.processor(chats[:1])
+    ours = model(batch)
+    reference = load_reference(checkpoint.folder, torch.float32)
+    theirs = reference(**reference_inputs(model, batch)).logits
+    del reference
+    assert (ours - theirs).abs().max() <= FP32_ERROR * theirs.abs().max()
+
+    sampling = {"n": 2, "max_new_tokens": 4, "temperature": 0.8, "top_p": 0.9, "top_k": TOP_K, "seed": 3}
+    together = generate(model, chats, **sampling)
+    [alone] = generate(model, chats[1:2], **sampling)
+    assert together[1] == alone
+    assert len({completion.token_ids for completions in together for completion in completions}) == 6
+
+
+# ---- answers, and the pairs that they make
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy and sampled answers to the chat with a photograph, and logits of each token that led to them."""
+    greedy: Completion
+    sampled: list[Completion]
+    rows: CompletionRows                                # [prompt | greedy | first sampled] in one row
+    in_pair: Tensor                                     # (2, C, H) states that predict the tokens, from that row
+    alone: Tensor                                       # (2, C, H) the same, each answer behind a prompt of its own
+
+
+@pytest.fixture(scope="module")
+def answers(vlm: VLM) -> Answers:
+    question = photo_chat()
+    [[greedy], [other]] = generate(vlm, [question, text_chat()], max_new_tokens=4, temperature=0)
+    assert greedy.token_ids != other.token_ids
+    [sampled] = generate(vlm, [question], n=2, max_new_tokens=3, temperature=1.0, top_p=0.95, top_k=TOP_K, seed=1)
+    with torch.no_grad():
+        rows = pack_pairs(vlm.processor, [(question, greedy.token_ids, sampled[0].token_ids)])
+        in_pair = rows.predictors(vlm.hidden(rows.batch, vlm.image_features(rows.batch)))
+        both = [(question, greedy.token_ids), (question, sampled[0].token_ids)]
+        separate = pack_completions(vlm.processor, both)
+        alone = separate.predictors(vlm.hidden(separate.batch, vlm.image_features(separate.batch)))
+    return Answers(greedy, sampled, rows, in_pair, alone)
+
+
+@torch.no_grad()
+def test_tokens_are_those_of_the_forward_pass(vlm: VLM, answers: Answers) -> None:
+    """A greedy token has the largest logit of those allowed, a sampled one is among the likeliest; up to bf16's error."""
+    logits = vlm.logits(answers.alone).float()                                            # (2, C, V)
+    logits[..., banned_tokens(vlm)] = -torch.inf
+    of_tokens = logits.gather(2, answers.rows.targets[..., None])[..., 0]                 # (2, C)
+    largest = logits.topk(TOP_K).values                                                   # (2, C, TOP_K)
+    count = answers.rows.mask.sum(1).tolist()
+    assert (of_tokens[0] >= largest[0, :, 0] - LOGIT_ERROR)[:count[0]].all()
+    assert (of_tokens[1] >= largest[1, :, -1] - LOGIT_ERROR)[:count[1]].all()
+    assert len({completion.token_ids for completion in answers.sampled}) == 2
+
+
+@torch.no_grad()
+def test_pair_rows_equal_separate_sequences(vlm: VLM, answers: Answers) -> None:
+    rows = answers.rows
+    in_pair = sequence_logps(answers.in_pair, vlm.head_weight, rows.targets, rows.mask)
+    alone = sequence_logps(answers.alone, vlm.head_weight, rows.targets, rows.mask)
+    difference = (in_pair - alone).abs() / rows.mask.sum(1)
+    assert (difference <= LOGP_ERROR).all(), difference
+    assert in_pair.isfinite().all()
+
+
+@torch.no_grad()
+def test_next_digits(vlm: VLM) -> None:
+    """The probabilities of digits are those that a forward pass over the prompt and the reply gives."""
+    question = text_chat()
+    [of_replies] = next_digits(vlm, [question], REPLIES)
+    for reply, of_digits in zip(REPLIES, of_replies, strict=True):
+        rows = pack_completions(vlm.processor, [(question, vlm.processor.encode(reply))])
+        hidden = vlm.hidden(rows.batch, [])
+        logps = vlm.logits(hidden[0, -1]).float().log_softmax(-1)                         # (V,)
+        expected = torch.stack([logps[ids].logsumexp(0) for ids in vlm.processor.digits])
+        assert ((torch.tensor(of_digits).log() - expected).abs() <= LOGIT_ERROR).all()
