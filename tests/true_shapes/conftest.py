@@ -58,6 +58,7 @@ class Checkpoint:
     folder: Path                                        # the model
     work: Path                                          # whatever tests write
     memory: dict[str, int] = field(default_factory=dict)        # peak bytes of each process that looked
+    seconds: dict[str, float] = field(default_factory=dict)     # of processor time, the same
     disk: int = 0                                       # most bytes that were seen
 
     def look(self) -> None:
@@ -75,6 +76,7 @@ class Checkpoint:
         """One of our programs in a process of its own: its exit status, and what it printed."""
         env = {**os.environ, "OMP_NUM_THREADS": str(CORES), "PYTHONPATH": str(ROOT)}
         log = self.work / f"{program}.log"
+        before = seconds_of_programs()
         with open(log, "w") as output:
             child = subprocess.Popen([sys.executable, program, *words], cwd=ROOT, env=env, stdout=output,
                                      stderr=subprocess.STDOUT)
@@ -83,6 +85,7 @@ class Checkpoint:
             finally:
                 child.kill()
                 child.wait()
+        self.seconds[program] = self.seconds.get(program, 0) + seconds_of_programs() - before
         return child.returncode, log.read_text()
 
     def _watch(self, child: subprocess.Popen, program: str) -> None:
@@ -117,7 +120,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """The six folders, one after the other; each is removed before the next one is built. Checks what they took."""
     name = request.param
     work = tmp_path_factory.mktemp("true_shapes")
-    seconds = seconds_of_cores()
+    begun = time.process_time()
     forget_peak_memory()
     folder = write_checkpoint(work / name, shorten(CONFIGS[name]))
     held = Checkpoint(name, CONFIGS[name]["model_type"], folder, work)
@@ -125,8 +128,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     yield held
 
     held.memory["tests"] = peak_memory()
+    held.seconds["tests"] = time.process_time() - begun
     shutil.rmtree(work)
-    print(report(held, seconds_of_cores() - seconds))
+    print(report(held))
     assert max(held.memory.values()) <= MOST_MEMORY, held.memory
     assert held.disk <= MOST_DISK
 
@@ -140,16 +144,19 @@ def verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def seconds_of_cores() -> float:
-    """Seconds of processor time of this process and of those that it has waited for."""
+def seconds_of_programs() -> float:
+    """Processor time of the programs that have ended."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return times.children_user + times.children_system
 
 
-def report(held: Checkpoint, seconds: float) -> str:
+def report(held: Checkpoint) -> str:
     """One line: what a configuration took."""
-    memory = ", ".join(f"{process} {peak / 2 ** 30:.1f}" for process, peak in held.memory.items())
-    return f"{held.name}: {seconds:.0f} s of a core, {held.disk / 1e9:.1f} GB on disk, GiB at the peak: {memory}"
+    total = sum(held.seconds.values())
+    line = f"{held.name}: {total:.0f} s of processor time, {held.disk / 1e9:.1f} GB on the disk"
+    for process, seconds in held.seconds.items():
+        line += f"; {process} {seconds:.0f} s, {held.memory[process] / 2 ** 30:.1f} GiB"
+    return line
 
 
 def flags(**values: object) -> Sequence[str]:

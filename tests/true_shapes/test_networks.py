@@ -1,7 +1,8 @@
 """The six published models at their true width and vocabulary: opened, compared with transformers, asked, saved.
 
 In bf16, as they are published. A CPU without bf16 arithmetic takes five times as long for it as for fp32: prompts are
-short and pictures are made small, and each answer serves several checks. Qwen3-VL-2B is checked in fp32, too.
+short, photographs are made small by `limit_pixels`, and each answer serves several checks. Qwen3-VL-2B is checked in
+fp32, too. (Llama's pictures cannot be made small: its tower runs once, in fp32, and its features serve all checks.)
 """
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from model.vlm import FeatureCache
 from tiny import chat, load_like_transformers, load_reference, reference_inputs
 from verifier import REPLIES
 
-LIMIT = {"qwen3_vl": 82_000, "qwen2_5_vl": 40_000}      # max_pixels here: 80 and 48 tokens of a photograph of 4 : 3
+SMALL = (4096, 40_000)                                  # pixels: a photograph of 640 x 480 is 35 or 40 tokens
 LAST = 12                                               # tokens of a prompt whose logits are compared
 TOP_K = 50
 # Logits have a standard deviation of 3. bf16 keeps eight bits, and two layers, a tower and a head round some ten times,
@@ -42,14 +43,9 @@ def vlm(checkpoint: Checkpoint) -> Iterator[VLM]:
     """The model in bf16; its frozen tower sees each picture once."""
     model = load_vlm(checkpoint.folder, dtype=torch.bfloat16).requires_grad_(False)
     model.feature_cache = FeatureCache(10 ** 9)
-    limit_pictures(model, checkpoint.family)
+    if checkpoint.family != "mllama":
+        model.processor.limit_pixels(*SMALL)
     yield model
-
-
-def limit_pictures(model: VLM, family: str) -> None:
-    """Make photographs small, where the family can."""
-    if family in LIMIT:
-        model.processor.max_pixels = LIMIT[family]
 
 
 def photo_chat(seed: int = 0) -> list[dict]:
