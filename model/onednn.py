@@ -56,7 +56,7 @@ def onednn_products(vlm: VLM, steps: int) -> Iterator[None]:
     the block is left. The weights must not change meanwhile: what is packed is a copy.
     """
     layers = [module for module in vlm.decoder.modules() if isinstance(module, Linear)]
-    owners = [*layers, vlm]
+    owners: list[Linear | VLM] = [*layers, vlm]
     weights = [layer.weight.data for layer in layers]
     weights.append(vlm.head_weight.data)
     try:

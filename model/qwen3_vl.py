@@ -237,7 +237,8 @@ class Qwen3VL(QwenVL):
         check_config(config, known_fields(config))
         tower = VisionTower(config["vision_config"])
         decoder = Decoder(text_settings(config))
-        super().__init__(config, tower, decoder, tied=config["tie_word_embeddings"])
+        tied = config["tie_word_embeddings"]
+        super().__init__(config, tower, decoder, tied)
 
     def hidden(self, batch: Batch, features: list[Tensor], cache: list[LayerCache] | None = None) -> Tensor:
         """Final hidden states (B, T, H); `features` holds (1 + D, its tokens, H) a picture, in prompt order."""
