@@ -581,7 +581,7 @@ class Config:
     batch_size: int = flag(16, "prompts that are prefilled together", 1)
     seed: int = flag(0, "seed of the choice of items and of the sampling", 0)
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
-    dtype: str = flag("", "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
+    dtype: str = flag("", "default: bfloat16 on cuda only", choices=("float32", "bfloat16"))
     min_pixels: int = flag(0, "enlarge smaller pictures to this area; 0: the model's own", 0)
     max_pixels: int = flag(0, "shrink larger pictures to this area; 0: the model's own", 0)
     cache: str = flag("", "folder of what models answered (default: gate_cache beside the report)")

@@ -38,7 +38,11 @@ def free_bytes(folder: Path) -> int:
 
 def held_bytes(folder: Path) -> int:
     """What the files below `folder` take; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            total += path.stat().st_size
+    return total
 
 
 def size(count: int) -> str:
