@@ -3,20 +3,21 @@
     write_checkpoint(folder, shorten(CONFIGS["Qwen3-VL-8B"]))       a folder as it is published, its weights in shards
     teach(folder, ["1", "2", "3"])                                  edits it: the model answers one of these texts
 
-Every number of config.json is the published one, except how many layers there are and which of them do something special
-(`shorten`). The tokenizer has the published number of entries and its control tokens at their published ids; what lies
-between is made up, for the real vocabularies are not ours to ship.
+Every number of config.json is the published one, except how many layers there are and which of them do something
+special (`shorten`). The tokenizer has the published number of entries and its control tokens at their published ids;
+what lies between is made up, for the real vocabularies are not ours to ship.
 
 The random weights. A decoder layer adds to the residual stream about as much as the embedding holds. The final norm has
-random signs: where the head is the embedding, a token would otherwise predict itself. Weights are bf16 from the start and
-are written in shards, so that building takes the memory of one shard.
+random signs: where the head is the embedding, a token would otherwise predict itself. Weights are bf16 from the start
+and are written in shards, so that building takes the memory of one shard.
 
-How a random model is taught to speak. A reply is a chain of tokens, and an MLP is a table of keys and values (Geva et al.,
-arXiv 2012.14913). In the FIRST decoder layer some neurons of the MLP get the embedding of a token as their key, and as
-their value the direction in the residual stream that raises the logits of the tokens that follow it in the replies. So
-after "{" comes what follows "{" in a reply, whatever was asked. Where several tokens may follow, their logits are tied by
-the value, and what the layers have found in the prompt and its pictures decides: replies differ from prompt to prompt as
-those of a model do. Nothing else is edited, so attention, caches and pictures are computed as before.
+How a random model is taught to speak. A reply is a chain of tokens, and an MLP is a table of keys and values (Geva et
+al., arXiv 2012.14913). In the FIRST decoder layer some neurons of the MLP get the embedding of a token as their key,
+and as their value the direction in the residual stream that raises the logits of the tokens that follow it in the
+replies. So after "{" comes what follows "{" in a reply, whatever was asked. Where several tokens may follow, their
+logits are tied by the value, and what the layers have found in the prompt and its pictures decides: replies differ from
+prompt to prompt as those of a model do. Nothing else is edited, so attention, caches and pictures are computed as
+before.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -314,7 +315,7 @@ def bigrams(folder: Path, family: str, replies: Sequence[str]) -> dict[int, set[
     following: dict[int, set[int]] = {}
     for reply in replies:
         ids = [start_id, *tokenizer.encode(reply, add_special_tokens=False).ids, tokenizer.token_to_id(stop)]
-        for token, successor in zip(ids, ids[1:], strict=False):
+        for token, successor in pairwise(ids):
             following.setdefault(token, set()).add(successor)
     return following
 

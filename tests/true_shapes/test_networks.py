@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from build import PUBLISHED_IDS, photograph
-from conftest import Checkpoint
+from checkpoints import Checkpoint
 from dpo import sequence_logps
 from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
 from model.checkpoint import tensor_files
@@ -211,7 +211,8 @@ def answers(vlm: VLM) -> Answers:
 
 @torch.no_grad()
 def test_tokens_are_those_of_the_forward_pass(vlm: VLM, answers: Answers) -> None:
-    """A greedy token has the largest logit of those allowed, a sampled one is among the likeliest; up to bf16's error."""
+    """A greedy token has the largest logit of those allowed, a sampled one is among the likeliest, within bf16's error.
+    """
     logits = vlm.logits(answers.alone).float()                                            # (2, C, V)
     logits[..., banned_tokens(vlm)] = -torch.inf
     of_tokens = logits.gather(2, answers.rows.targets[..., None])[..., 0]                 # (2, C)

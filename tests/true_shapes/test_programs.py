@@ -1,8 +1,8 @@
 """train.py, gate.py, eval.py and judge.py on the six published models at their true width and vocabulary.
 
 Few items, each program in a process of its own, on models that were taught to answer (build.teach). Where a program
-needs a second model it is a small one, so that two large ones never share the memory; train.py opens its student a second
-time all the same, as it would be deployed. One step is trained, not more: that it runs, starts at ln 2 and ends in a
+needs a second model it is a small one, so that two large ones never share the memory; train.py opens its student a
+second time all the same, as it would be deployed. One step is trained, not more: that it runs, starts at ln 2 and ends in a
 decision is what is checked here.
 
 What computes in which dtype is a matter of a CPU without bf16 arithmetic, which takes a hundred times as long for a
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from build import photograph, teach
-from conftest import ROOT, SCORES, Checkpoint, flags
+from checkpoints import ROOT, SCORES, Checkpoint, flags
 
 STUDENT = ROOT / "model" / "tiny" / "student"
 PHOTOGRAPH = (640, 480)                                 # pixels
