@@ -2,8 +2,8 @@
 
 Few items, each program in a process of its own, on models that were taught to answer (build.teach). Where a program
 needs a second model it is a small one, so that two large ones never share the memory; train.py opens its student a
-second time all the same, as it would be deployed. One step is trained, not more: that it runs, starts at ln 2 and ends in a
-decision is what is checked here.
+second time all the same, as it would be deployed. One step is trained, not more: that it runs, starts at ln 2 and ends
+in a decision is what is checked here.
 
 What computes in which dtype is a matter of a CPU without bf16 arithmetic, which takes a hundred times as long for a
 gradient in bf16 as in fp32, and of memory: the three large models would not fit twice in fp32.
