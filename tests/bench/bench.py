@@ -199,7 +199,7 @@ def preprocessing(size: Size, folder: Path) -> Figures:
 
 def survey_items(size: Size, folder: Path) -> Figures:
     """All that gate.py asks of a student and one verifier, with nothing in its cache: own answers of both, candidates,
-    verdicts. Both are the same checkpoint, in memory one after the other."""
+    verdicts, short ones all. Both are the same checkpoint, in memory one after the other."""
     rows = []
     for i, (image, text) in enumerate(questions(size, size.prompts)):
         image.save(folder / f"gate-{i}.png")
@@ -208,7 +208,7 @@ def survey_items(size: Size, folder: Path) -> Figures:
     (folder / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = gate.Config(
         student=str(folder), verifier=[str(folder)], task="jsonl", data=str(folder / "gate.jsonl"), items=size.prompts,
-        k=size.samples, max_new_tokens=size.completion, verdict_tokens=size.verdict, device=size.device)
+        k=size.samples, max_new_tokens=size.verdict, verdict_tokens=size.verdict, device=size.device)
     asked = SurveyConfig(**{field.name: getattr(cfg, field.name) for field in fields(SurveyConfig)})
 
     def work() -> None:
