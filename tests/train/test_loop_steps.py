@@ -158,7 +158,7 @@ def test_pixel_limits_reach_every_model(tmp_path: Path, monkeypatch: pytest.Monk
     deployed = []
     monkeypatch.setattr(train, "greedy_answers", lambda run, vlm, *_: deployed.append(vlm) or [])
     monkeypatch.setattr(train, "compare_answers", lambda *_, **__: {"reasons": []})
-    state_now = State(frozen=[], trained_on=[])
+    state_now = State(frozen_held_out=[], frozen_reviewed=[])
     train.deploy_gate(run, student, student, [], [], state_now)
     assert limits == [(None, 5000)] * 3 and deployed[0].feature_cache.max_bytes == int(run.cfg.feature_cache_gb * 1e9)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["max_pixels"] == 5000
