@@ -98,13 +98,16 @@ class Checkpoint:
             time.sleep(WATCH_EVERY)
 
 
-def peak_memory(process: int | str = "self") -> int:
-    """The most bytes that a process has held at once so far, as Linux counts them; 0 where nobody counts."""
+def peak_memory(process: int | str = "self", field: str = "VmHWM") -> int:
+    """The most bytes that a process has held at once so far, as Linux counts them; 0 where nobody counts.
+
+    With the field "VmRSS" what it holds now.
+    """
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    lines = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    lines = [line for line in status.splitlines() if line.startswith(field)]
     return int(lines[0].split()[1]) * 1024 if lines else 0      # a process that has just ended holds nothing
 
 
@@ -122,12 +125,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     work = tmp_path_factory.mktemp("true_shapes")
     begun = time.process_time()
     forget_peak_memory()
+    held_before = peak_memory(field="VmRSS")            # by tests of other things, in a run of all of them
     folder = write_checkpoint(work / name, shorten(CONFIGS[name]))
     held = Checkpoint(name, CONFIGS[name]["model_type"], folder, work)
     held.look()
     yield held
 
-    held.memory["tests"] = peak_memory()
+    held.memory["tests"] = peak_memory() - held_before
     held.seconds["tests"] = time.process_time() - begun
     shutil.rmtree(work)
     print(report(held))
