@@ -7,8 +7,6 @@ fp32, too. (Llama's pictures cannot be made small: its tower runs once, in fp32,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +17,7 @@ from build import PUBLISHED_IDS, photograph
 from checkpoints import Checkpoint
 from dpo import sequence_logps
 from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
+from model.batch import Batch
 from model.checkpoint import tensor_files
 from model.pairs import CompletionRows, pack_completions, pack_pairs
 from model.sampler import banned_tokens
@@ -27,6 +26,7 @@ from tiny import chat, load_like_transformers, load_reference, reference_inputs
 from verifier import REPLIES
 
 SMALL = (4096, 40_000)                                  # pixels: a photograph of 640 x 480 is 35 or 40 tokens
+TILES = 4                                               # that Llama's tower computes for any picture
 LAST = 12                                               # tokens of a prompt whose logits are compared
 TOP_K = 50
 # Logits have a standard deviation of 3. bf16 keeps eight bits, and two layers, a tower and a head round some ten times,
@@ -38,14 +38,25 @@ BF16_RATIO = 1.5                                        # our error in bf16 over
 FP32_ERROR = 1e-4                                       # largest difference over largest logit
 
 
-@pytest.fixture(scope="module")
-def vlm(checkpoint: Checkpoint) -> Iterator[VLM]:
-    """The model in bf16; its frozen tower sees each picture once."""
+def open_model(checkpoint: Checkpoint) -> VLM:
+    """The model in bf16, frozen, that makes photographs small where the family can."""
     model = load_vlm(checkpoint.folder, dtype=torch.bfloat16).requires_grad_(False)
-    model.feature_cache = FeatureCache(10 ** 9)
     if checkpoint.family != "mllama":
         model.processor.limit_pixels(*SMALL)
-    yield model
+    return model
+
+
+@pytest.fixture(scope="module")
+def vlm(checkpoint: Checkpoint, prompt: Prompt) -> VLM:
+    """The model, whose tower sees each picture once; Llama's does not see that of `prompt` again."""
+    model = open_model(checkpoint)
+    model.feature_cache = FeatureCache(10 ** 9)
+    if checkpoint.family == "mllama":
+        [picture] = prompt.batch.pictures
+        tiles = picture.grid[1] * picture.grid[2]
+        used = prompt.features.unflatten(0, (TILES, -1))[:tiles]        # the others are for transformers alone
+        model.feature_cache.put(picture.key, used.flatten(0, 1).bfloat16())
+    return model
 
 
 def photo_chat(seed: int = 0) -> list[dict]:
@@ -54,6 +65,101 @@ def photo_chat(seed: int = 0) -> list[dict]:
 
 def text_chat() -> list[dict]:
     return chat("Answer with a whole number.")
+
+
+# ---- logits
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat with a photograph as one batch, and what we make of it."""
+    batch: Batch
+    inputs: dict[str, Tensor]                           # the same as transformers takes it
+    features: Tensor                                    # of the photograph, computed in fp32; Llama's of all tiles
+    truth: Tensor                                       # (1, LAST, V) logits computed in fp32
+    logits: Tensor                                      # (1, LAST, V) logits computed in bf16
+
+
+@pytest.fixture(scope="module")
+def prompt(checkpoint: Checkpoint) -> Prompt:
+    """Computed by a model that is gone when transformers' comes: two large ones at once would take 8 GiB.
+
+    fp32 activations on bf16 weights are the truth about them, without a second copy of the weights. Llama's tower,
+    6,432 tokens for any picture, is computed in fp32 alone.
+    """
+    model = open_model(checkpoint)
+    if checkpoint.family == "mllama":
+        model.follow = "transformers"
+    batch = model.processor([photo_chat()])
+    with torch.no_grad():
+        model.compute_dtype = torch.float32
+        exact = model.encode_images(batch.pictures)
+        truth = last_logits(model, batch, exact)
+        model.compute_dtype = None
+        rounded = [exact[0].bfloat16()] if checkpoint.family == "mllama" else model.encode_images(batch.pictures)
+        logits = last_logits(model, batch, rounded)
+    return Prompt(batch, reference_inputs(model, batch), exact[0], truth, logits)
+
+
+def last_logits(vlm: VLM, batch: Batch, features: list[Tensor]) -> Tensor:
+    """Logits of the last tokens in fp32, (B, LAST, V), whatever they are computed in."""
+    hidden = vlm.hidden(batch, features)
+    return vlm.logits(hidden[:, -LAST:]).float()
+
+
+def relative_error(logits: Tensor, truth: Tensor) -> float:
+    """Root mean square difference over the root mean square of the truth."""
+    return float((logits - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+@torch.no_grad()
+def test_logits_in_bf16(checkpoint: Checkpoint, prompt: Prompt) -> None:
+    """Our bf16 is at most 1.5 times as far from fp32 as transformers' own, and that is near it."""
+    pytest.importorskip("transformers")
+    reference = load_reference(checkpoint.folder, torch.bfloat16)
+    inputs = prompt.inputs
+    if checkpoint.family == "mllama":
+        compare_tower(reference, prompt)
+        inputs = {name: tensor for name, tensor in inputs.items() if "pixel" not in name and "ratio" not in name}
+        inputs["cross_attention_states"] = prompt.features.bfloat16().unflatten(0, (TILES, -1))
+    theirs = reference(**inputs, logits_to_keep=LAST).logits.float()
+
+    reference_error = relative_error(theirs, prompt.truth)
+    our_error = relative_error(prompt.logits, prompt.truth)
+    print(f"{checkpoint.name}: error in bf16 {our_error:.4f}, transformers' {reference_error:.4f}")
+    assert 0 < reference_error < BF16_ERROR
+    assert 0 < our_error < BF16_RATIO * reference_error
+
+
+def compare_tower(reference: torch.nn.Module, prompt: Prompt) -> None:
+    """Llama's tower and projector in fp32; the reference goes on in bf16."""
+    tower = reference.model.vision_model.float()
+    projector = reference.model.multi_modal_projector.float()
+    names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    states = tower(**{name: prompt.inputs[name] for name in names}).last_hidden_state
+    theirs = projector(states).flatten(0, -2)                                             # (tiles' tokens, H)
+    assert (prompt.features - theirs).abs().max() <= FP32_ERROR * theirs.abs().max()
+    reference.bfloat16()
+
+
+@pytest.mark.models("Qwen3-VL-2B")
+@torch.no_grad()
+def test_everything_in_fp32(checkpoint: Checkpoint) -> None:
+    """The smallest model, with photographs as they are: all logits, and answers that do not depend on the batch."""
+    pytest.importorskip("transformers")
+    model = load_like_transformers(checkpoint.folder, torch.float32)
+    chats = [chat(photograph(400, 300), "which?"), chat("and", photograph(256, 200, 1), "what?"), text_chat()]
+    batch = model.processor(chats[:1])
+    ours = model(batch)
+    reference = load_reference(checkpoint.folder, torch.float32)
+    theirs = reference(**reference_inputs(model, batch)).logits
+    del reference
+    assert (ours - theirs).abs().max() <= FP32_ERROR * theirs.abs().max()
+
+    sampling = {"n": 2, "max_new_tokens": 4, "temperature": 0.8, "top_p": 0.9, "top_k": TOP_K, "seed": 3}
+    together = generate(model, chats, **sampling)
+    [alone] = generate(model, chats[1:2], **sampling)
+    assert together[1] == alone
+    assert len({completion.token_ids for completions in together for completion in completions}) == 6
 
 
 # ---- opened and saved
@@ -83,103 +189,6 @@ def test_saves_bit_for_bit(checkpoint: Checkpoint, vlm: VLM) -> None:
         if "index" not in path.name:
             assert (copy / path.name).read_bytes() == path.read_bytes()
     shutil.rmtree(copy)
-
-
-# ---- logits
-
-@contextmanager
-def computed_in_fp32(vlm: VLM) -> Iterator[None]:
-    """Inside, activations are fp32 while the weights stay bf16: the truth about them, without a second copy."""
-    cache = vlm.feature_cache
-    vlm.compute_dtype = torch.float32
-    vlm.feature_cache = None
-    yield
-    vlm.compute_dtype = None
-    vlm.feature_cache = cache
-
-
-def relative_error(logits: Tensor, truth: Tensor) -> float:
-    """Root mean square difference over the root mean square of the truth."""
-    return float((logits - truth).square().mean().sqrt() / truth.square().mean().sqrt())
-
-
-def last_logits(vlm: VLM, batch: object, features: list[Tensor]) -> Tensor:
-    """Logits of the last tokens in fp32, (B, LAST, V), whatever they are computed in."""
-    hidden = vlm.hidden(batch, features)
-    return vlm.logits(hidden[:, -LAST:]).float()
-
-
-@torch.no_grad()
-def test_logits_in_bf16(checkpoint: Checkpoint, vlm: VLM) -> None:
-    """Our bf16 is at most 1.5 times as far from fp32 as transformers' own, and that is near it."""
-    pytest.importorskip("transformers")
-    is_mllama = checkpoint.family == "mllama"
-    if is_mllama:
-        vlm.follow = "transformers"
-    batch = vlm.processor([photo_chat()])
-    inputs = reference_inputs(vlm, batch)
-    with computed_in_fp32(vlm):
-        exact = vlm.encode_images(batch.pictures)
-        truth = last_logits(vlm, batch, exact)
-    reference = load_reference(checkpoint.folder, torch.bfloat16)
-
-    if is_mllama:
-        # The tower, 6,432 tokens for any picture, is compared in fp32, and its features are handed to the decoders.
-        compare_tower(reference, inputs, exact[0])
-        features = [exact[0].bfloat16()]
-        inputs = {name: tensor for name, tensor in inputs.items() if "pixel" not in name and "ratio" not in name}
-        inputs["cross_attention_states"] = features[0].unflatten(0, (4, -1))
-    else:
-        features = vlm.image_features(batch)
-    theirs = reference(**inputs, logits_to_keep=LAST).logits.float()
-    del reference
-    ours = last_logits(vlm, batch, features)
-
-    reference_error = relative_error(theirs, truth)
-    our_error = relative_error(ours, truth)
-    print(f"{checkpoint.name}: error in bf16 {our_error:.4f}, transformers' {reference_error:.4f}")
-    assert 0 < reference_error < BF16_ERROR
-    assert 0 < our_error < BF16_RATIO * reference_error
-
-    if is_mllama:                                       # the tests that follow see this picture as Meta trained it
-        vlm.follow = "meta"
-        [picture] = batch.pictures
-        used = picture.grid[1] * picture.grid[2] * vlm.model["vision_model"].tokens
-        vlm.feature_cache.put(picture.key, features[0][:used])
-
-
-def compare_tower(reference: torch.nn.Module, inputs: dict[str, Tensor], ours: Tensor) -> None:
-    """Llama's tower and projector in fp32. ours: (tiles * tokens of a tile, H)."""
-    model = reference.model
-    states = model.vision_model.float()(
-        pixel_values=inputs["pixel_values"],
-        aspect_ratio_ids=inputs["aspect_ratio_ids"],
-        aspect_ratio_mask=inputs["aspect_ratio_mask"],
-    ).last_hidden_state
-    theirs = model.multi_modal_projector.float()(states).flatten(0, -2)
-    assert (ours - theirs).abs().max() <= FP32_ERROR * theirs.abs().max()
-    reference.bfloat16()
-
-
-@pytest.mark.models("Qwen3-VL-2B")
-@torch.no_grad()
-def test_everything_in_fp32(checkpoint: Checkpoint) -> None:
-    """The smallest model, with photographs as they are: all logits, and answers that do not depend on the batch."""
-    pytest.importorskip("transformers")
-    model = load_like_transformers(checkpoint.folder, torch.float32)
-    chats = [chat(photograph(400, 300), "which?"), chat("and", photograph(256, 200, 1), "what?"), text_chat()]
-    batch = model.processor(chats[:1])
-    ours = model(batch)
-    reference = load_reference(checkpoint.folder, torch.float32)
-    theirs = reference(**reference_inputs(model, batch)).logits
-    del reference
-    assert (ours - theirs).abs().max() <= FP32_ERROR * theirs.abs().max()
-
-    sampling = {"n": 2, "max_new_tokens": 4, "temperature": 0.8, "top_p": 0.9, "top_k": TOP_K, "seed": 3}
-    together = generate(model, chats, **sampling)
-    [alone] = generate(model, chats[1:2], **sampling)
-    assert together[1] == alone
-    assert len({completion.token_ids for completions in together for completion in completions}) == 6
 
 
 # ---- answers, and the pairs that they make
