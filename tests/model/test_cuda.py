@@ -147,10 +147,10 @@ def test_finished_samples_are_dropped(fast: VLM, chats: list, monkeypatch: pytes
 def test_other_weights_are_trained(tmp_path: Path, items: list[Item], flags: dict[str, Any]) -> None:
     """Adapters over bf16 weights; one layer, its activations computed again. The loss starts at ln 2 and falls."""
     run, student, _ = parts(tmp_path, lr=1e-3, warmup_steps=1, **flags)
-    by_id, state = {item.id: item for item in items}, State()
+    by_id = {item.id: item for item in items}
     pairs = train.with_reference_logps(run, student, pairs_of(items[:32], student), by_id)
     optimiser = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay)
-    log = [train.train_step(run, student, optimiser, pairs, by_id, state) for _ in range(10)]
+    log = [train.train_step(run, student, optimiser, pairs, by_id, step) for step in range(1, 11)]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=5e-3) and log[-1]["loss"] < log[0]["loss"] - 0.02
     assert {p.dtype for p in student.parameters() if not p.requires_grad} == {torch.bfloat16}
     generate(student, [items[0].chat()], max_new_tokens=4)              # its fp32 weights lowered, and back
@@ -204,8 +204,7 @@ def test_one_step(tmp_path: Path, items: list[Item]) -> None:
                       for wanted in (True, False))
     optimiser = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay)
     assert optimiser.defaults["fused"]
-    state = State()
-    row = train.train_step(run, student, optimiser, pairs, by_id, state)
+    row = train.train_step(run, student, optimiser, pairs, by_id, 1)
     assert row["loss"] == pytest.approx(math.log(2), abs=5e-3) and math.isfinite(row["grad_norm"])
     assert abs(row["rewards/chosen"]) < 0.02 and abs(row["rewards/rejected"]) < 0.02
     moved = {n: (p.detach() - before[n]).abs().max().item() for n, p in trained.items()}
@@ -216,21 +215,21 @@ def test_one_step(tmp_path: Path, items: list[Item]) -> None:
 def test_the_loss_falls(tmp_path: Path, items: list[Item]) -> None:
     """Ten steps on the same pairs, all weights trained."""
     run, student, _ = parts(tmp_path, lr=1e-4, warmup_steps=1, trainable="all")
-    by_id, state = {item.id: item for item in items}, State()
+    by_id = {item.id: item for item in items}
     pairs = train.with_reference_logps(run, student, pairs_of(items[:32], student), by_id)
     optimiser = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay)
-    log = [train.train_step(run, student, optimiser, pairs, by_id, state) for _ in range(10)]
+    log = [train.train_step(run, student, optimiser, pairs, by_id, step) for step in range(1, 11)]
     assert log[-1]["loss"] < log[0]["loss"] - 0.05 and log[-1]["rewards/accuracies"] > 0.9
 
 
 def test_checkpoints_come_back(tmp_path: Path, items: list[Item]) -> None:
     """Saved from the GPU, opened on the CPU: weights and optimiser, and the deployed model in its own dtype."""
     run, student, _ = parts(tmp_path, lr=1e-3)
-    by_id, state = {item.id: item for item in items}, State()
+    by_id = {item.id: item for item in items}
     pairs = train.with_reference_logps(run, student, pairs_of(items[:8], student), by_id)
     optimiser, replay = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay), train.ReplayBuffer(8, 0.5)
-    train.train_step(run, student, optimiser, pairs, by_id, state)
-    train.save(run, state, student, optimiser, replay)
+    train.train_step(run, student, optimiser, pairs, by_id, 1)
+    train.save(run, State(step=1), student, optimiser, replay)
     saved = run.load()
     assert all(t.device.type == "cpu" and torch.equal(t, student.get_parameter(n).detach().cpu())
                for n, t in saved["model"].items())
