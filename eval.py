@@ -90,13 +90,11 @@ def main(argv: list[str] | None = None) -> int:
             items = load_scorable(cfg)
             out = open_output(cfg)
             # Here and not above: whoever scores answers from elsewhere needs neither torch nor model/.
-            import torch
-
-            from loop.loading import frozen
+            from loop.loading import activation_dtype, frozen
             from model import generate, load_vlm
-            device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            dtype = cfg.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-            vlm = frozen(load_vlm(cfg.model, device=device, dtype=getattr(torch, dtype)), cfg)
+            from model.vlm import pick_device
+            device = pick_device(cfg.device)
+            vlm = frozen(load_vlm(cfg.model, device, activation_dtype(cfg.dtype, device)), cfg)
             greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
             completions = ask(items, greedy, out.responses, cfg.batch_size)
             finish(items, completions, out)

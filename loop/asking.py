@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from eval import Answer, score_answers
 from loop.run import Run
@@ -29,21 +30,23 @@ def verdicts(run: Run, verifier: VLM, items: Sequence[Item], texts: Sequence[lis
     `kind` is one of verifier.VERDICTS: "logits" reads digits' probabilities, the others read replies.
     """
     cfg = run.cfg
-    score_candidates = VERDICTS[kind]
 
-    def replies(chats: list[Chat]) -> list[Completion]:
-        completions = generate(verifier, chats, max_new_tokens=cfg.verdict_tokens, temperature=0,
-                               batch_size=cfg.sample_batch)
-        return [completion for [completion] in completions]
-
-    def digits(chats: list[Chat]) -> list[list[list[float]]]:
-        return next_digits(verifier, chats, REPLIES, cfg.sample_batch)
+    def answer(chats: list[Chat]) -> Sequence[Any]:
+        return ask_verifier(verifier, chats, kind, cfg.verdict_tokens, cfg.sample_batch)
 
     def score_part(part: Sequence[tuple[Item, list[str]]]) -> list[list[Score]]:
         chats = [item.chat() for item, _ in part]
         candidates = [row for _, row in part]
-        answer = digits if kind == "logits" else replies
-        return score_candidates(answer, chats, candidates)
+        return VERDICTS[kind](answer, chats, candidates)
 
     questions = list(zip(items, texts, strict=True))
     return run.ranks.map(score_part, questions, cfg.sample_batch, "scoring")
+
+
+def ask_verifier(verifier: VLM, chats: list[Chat], kind: str, verdict_tokens: int, batch_size: int) -> Sequence[Any]:
+    """What the way of scoring `kind`, of verifier.VERDICTS, asks of these chats: digits' probabilities for "logits", a
+    greedy Completion each for the others."""
+    if kind == "logits":
+        return next_digits(verifier, chats, REPLIES, batch_size)
+    completions = generate(verifier, chats, max_new_tokens=verdict_tokens, temperature=0, batch_size=batch_size)
+    return [completion for [completion] in completions]

@@ -14,23 +14,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from loop.loading import DTYPES, check_pixel_limits, limit_pixels
-from model import generate, load_vlm, next_digits
+from loop.asking import ask_verifier
+from loop.loading import activation_dtype, check_pixel_limits, frozen
+from model import generate, load_vlm
 from model.checkpoint import folder_digest, resolve_folder
 from model.processor import Chat
-from model.vlm import VLM, FeatureCache, pick_device
-from tasks import Item
+from model.vlm import VLM, pick_device
+from tasks import Item, encoded_bytes
 from tasks.jsonl import Response, write_whole
-from verifier import REPLIES, VERDICTS, Score
+from verifier import VERDICTS, Score
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
-FEATURE_CACHE = 4_000_000_000                           # bytes of image features that a model keeps between calls
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class AskConfig:
     dtype: str                                          # a name of DTYPES; "" for bfloat16 on cuda, else float32
     min_pixels: int                                     # pictures are resized to areas between these; 0 for the
     max_pixels: int                                     # model's own limit
+    feature_cache_gb: ClassVar[float] = 4.0             # memory for image features that a model keeps between calls
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class CostedScore(Score):
     The seconds are those of the verdicts' own prompts and replies in the decoder. What a model does once, however many
     verdicts it gives, is done before the clock starts: its weights are loaded, and the pictures are preprocessed and
     go through its tower. So a verdict costs the same whether the verifier's own answers were asked for in this call or
-    read from the cache. Only features that FEATURE_CACHE cannot hold are computed again on the clock.
+    read from the cache. Only features that the feature cache cannot hold are computed again on the clock.
     """
     seconds: float | None = None                        # wall time
     tokens: int | None = None                           # of prompts and replies
@@ -72,8 +73,7 @@ class CachedModel:
         self.cache = cache
         self.folder = resolve_folder(name)
         self.device = pick_device(cfg.device or None)
-        dtype = cfg.dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
-        self.dtype = DTYPES[dtype]
+        self.dtype = activation_dtype(cfg.dtype, self.device)
         check_pixel_limits(self.folder, cfg.min_pixels, cfg.max_pixels)
         cache.mkdir(parents=True, exist_ok=True)
 
@@ -87,17 +87,14 @@ class CachedModel:
             "torch": torch.__version__,
             "code": code_digest("model/*.py"),
             "batch_size": cfg.batch_size,
-            "dtype": dtype,
+            "dtype": str(self.dtype).removeprefix("torch."),
             "pixels": [cfg.min_pixels, cfg.max_pixels],
         }
 
     @cached_property
     def vlm(self) -> VLM:
-        """The model itself, loaded when it is first used; as far as FEATURE_CACHE reaches it encodes a picture once."""
-        vlm = load_vlm(self.folder, self.device, self.dtype).requires_grad_(False)
-        vlm.feature_cache = FeatureCache(FEATURE_CACHE)
-        limit_pixels(vlm.processor, self.cfg.min_pixels, self.cfg.max_pixels)
-        return vlm
+        """The model itself, loaded when it is first used."""
+        return frozen(load_vlm(self.folder, self.device, self.dtype), self.cfg)
 
     def forget(self) -> None:
         """Let go of the weights."""
@@ -206,18 +203,14 @@ class MeteredAsk:
         self.tokens = 0
 
     def __call__(self, chats: list[Chat]) -> Sequence[Any]:
-        size = self.cfg.batch_size
-        reply_tokens = 0
-        replies: Sequence[Any]
+        cfg = self.cfg
         started = time.perf_counter()
-        if self.cfg.verdict == "logits":
-            replies = next_digits(self.vlm, chats, REPLIES, batch_size=size)
-        else:
-            completions = generate(
-                self.vlm, chats, temperature=0.0, max_new_tokens=self.cfg.verdict_tokens, batch_size=size)
-            replies = [reply for [reply] in completions]
-            reply_tokens = sum(len(reply.token_ids) for reply in replies)
+        replies = ask_verifier(self.vlm, chats, cfg.verdict, cfg.verdict_tokens, cfg.batch_size)
         self.seconds += time.perf_counter() - started
+
+        reply_tokens = 0                                # digits are read, not decoded
+        if cfg.verdict != "logits":
+            reply_tokens = sum(len(reply.token_ids) for reply in replies)
 
         # Counted beside the clock. The processor knows these texts and pictures: it only puts them together again.
         prompts = self.vlm.processor.rows(chats, {})
@@ -281,8 +274,7 @@ def item_key(item: Item) -> list[Any]:
     """What a model sees of an item: its prompt, and its pictures by the digests of their bytes, in order."""
     pictures = []
     for image in item.images:
-        content = image if isinstance(image, bytes) else image.read_bytes()
-        pictures.append(hashlib.sha256(content).hexdigest())
+        pictures.append(hashlib.sha256(encoded_bytes(image)).hexdigest())
     return [item.id, list(item.prompt), pictures]
 
 

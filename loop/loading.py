@@ -22,6 +22,13 @@ class AskFlags(Protocol):
     max_pixels: int | None
 
 
+def activation_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of activations that --dtype names; without it bfloat16 on a GPU, float32 on a CPU."""
+    if name:
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def frozen(vlm: VLM, cfg: AskFlags) -> VLM:
     """The model, to be asked and not trained. It keeps the features of pictures, up to feature_cache_gb."""
     vlm.requires_grad_(False)

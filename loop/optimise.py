@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loop.flags import TrainingFlags, check_trainable
-from loop.loading import DTYPES, limit_pixels
+from loop.loading import activation_dtype, limit_pixels
 from loop.ranks import NonFinite
 from loop.run import Run
 from model import load_vlm
@@ -34,7 +34,7 @@ def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
     Trained weights are held in fp32 and computed in `dtype`: a bf16 weight cannot take a step of 1e-6. Frozen weights
     are held in `dtype` where the files are, and always under adapters, which are fp32 themselves.
     """
-    dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = activation_dtype(cfg.dtype, device)
     vlm = load_vlm(path, device, dtype if cfg.lora_rank else torch.float32)
     vlm.compute_dtype = dtype
     limit_pixels(vlm.processor, cfg.min_pixels, cfg.max_pixels)

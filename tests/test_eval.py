@@ -294,7 +294,7 @@ def model(monkeypatch, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("tqdm")
     monkeypatch.chdir(tmp_path)
-    stub = types.ModuleType("model")
+    stub = types.SimpleNamespace()
     stub.asked, stub.loaded, stub.breaks_after = [], [], 10 ** 9
 
     def generate(vlm, chats, n, max_new_tokens, temperature, seed):
@@ -306,15 +306,15 @@ def model(monkeypatch, tmp_path):
         return [[Completion((1, 2, 3), str(int(text[0]) + 1), "stop")] for text in texts]
 
     def load_vlm(path, device, dtype):
-        stub.loaded.append((path, device, str(dtype)))
+        stub.loaded.append((path, str(device), str(dtype)))
         stub.vlm.requires_grad_ = lambda wanted: stub.vlm
         return stub.vlm
     stub.generate, stub.load_vlm = generate, load_vlm
     stub.limits = []
     processor = types.SimpleNamespace(limit_pixels=lambda *limits: stub.limits.append(limits))
     stub.vlm = types.SimpleNamespace(processor=processor)
-    monkeypatch.setitem(sys.modules, "model", stub)
-    monkeypatch.setitem(sys.modules, "model.vlm", types.SimpleNamespace(FeatureCache=lambda size: size))
+    monkeypatch.setattr("model.generate", lambda *asked, **how: stub.generate(*asked, **how))
+    monkeypatch.setattr("model.load_vlm", lambda *asked, **how: stub.load_vlm(*asked, **how))
     return stub
 
 
@@ -333,7 +333,7 @@ def test_pictures_within_limits(task, model, tmp_path, capsys):
     """The model is told the limits before it is asked; answers under other limits are not mixed in."""
     command = ["--task", "jsonl", "--data", task, "--model", "m", "--out", tmp_path / "o"]
     assert run(*command, "--max-pixels", 5000, "--feature-cache-gb", 0.5) == 0
-    assert model.limits == [(None, 5000)] and model.vlm.feature_cache == 500_000_000
+    assert model.limits == [(None, 5000)] and model.vlm.feature_cache.max_bytes == 500_000_000
     assert run(*command, "--max-pixels", 6000) == 2
     assert "max_pixels was 5000, is 6000" in capsys.readouterr().err and len(model.asked) == 5
     assert run(*command, "--max-pixels", 6000, "--min-pixels", 7000) == 2

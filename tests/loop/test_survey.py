@@ -18,7 +18,7 @@ from PIL import Image
 import gate
 from eval import load_task
 from eval import score as exact_match
-from loop import cached_model, survey
+from loop import asking, cached_model, loading, survey
 from loop.survey import SurveyConfig, draw_items
 from model import generate, load_vlm, next_digits
 from tasks import Item
@@ -76,6 +76,7 @@ class World:
         patch.setattr(survey, "load_task", lambda *_: self.items)
         patch.setattr(cached_model, "load_vlm", self.load)
         patch.setattr(cached_model, "generate", self.generate)
+        patch.setattr(asking, "generate", self.generate)
         patch.setattr(cached_model.time, "perf_counter", lambda: self.clock)
 
     def change(self, name: str, content: str) -> None:
@@ -255,7 +256,7 @@ def test_pixel_limits_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatc
     tried = []
     limited = []
     monkeypatch.setattr(cached_model, "check_pixel_limits", lambda folder, *limits: tried.append((folder.name, limits)))
-    monkeypatch.setattr(cached_model, "limit_pixels", lambda _, *limits: limited.append(limits))
+    monkeypatch.setattr(loading, "limit_pixels", lambda _, *limits: limited.append(limits))
     world.ask("right")
     assert limited == [(0, 0)] * 2
     world.ask("right", max_pixels=5000)
