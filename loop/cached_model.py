@@ -31,6 +31,7 @@ from verifier import VERDICTS, Score
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
+ASKING_CODE = ("model/*.py", "loop/asking.py", "loop/cached_model.py")      # whose edits make models answer anew
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class CachedModel:
             "device": str(self.device),
             "machine": machine,
             "torch": torch.__version__,
-            "code": code_digest("model/*.py"),
+            "code": [code_digest(pattern) for pattern in ASKING_CODE],
             "batch_size": cfg.batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "pixels": [cfg.min_pixels, cfg.max_pixels],

@@ -305,6 +305,16 @@ def test_another_wording_is_asked_for(world: World, monkeypatch: pytest.MonkeyPa
     assert world.asked() == {("right", "verdicts"): 90, ("wrong", "verdicts"): 90}
 
 
+@pytest.mark.parametrize("pattern", ["model/*.py", "loop/asking.py", "loop/cached_model.py"])
+def test_other_code_asks_anew(world: World, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """What asks and meters is part of what the answers depend on, like the models' own code."""
+    world.ask("right")
+    real = cached_model.code_digest
+    monkeypatch.setattr(cached_model, "code_digest", lambda name: real(name) + ("edited" if name == pattern else ""))
+    world.ask("right")
+    assert world.asked() == STUDENT | own("right")
+
+
 def test_interrupted_it_goes_on_where_it_stopped(world: World, capsys: pytest.CaptureFixture) -> None:
     world.fail_at = 8                                                   # 3 batches answers, 3 samples, 2 own answers
     assert world.ask("right") == 1 and "the power failed" in capsys.readouterr().err
