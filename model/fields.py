@@ -73,6 +73,20 @@ QWEN_VISION_ROPE: Table = {
 }
 
 
+def qwen_rope(interleaved: bool) -> Table:
+    """The language model's rotary positions in Qwen's generations; `interleaved`: how M-RoPE lays out its axes."""
+    return {
+        "rope_type": (ABSENT, "default", "mrope"),
+        "type": (ABSENT, "default", "mrope"),
+        "factor": (ABSENT, 1),
+        "attention_factor": (ABSENT, 1),
+        "partial_rotary_factor": (ABSENT, 1),
+        "mrope_interleaved": (ABSENT, interleaved),
+        "mrope_section": READ,
+        "rope_theta": READ,
+    }
+
+
 @dataclass(frozen=True)
 class Known:
     """A family's tables, by the parts of config.json. In a flat file the text's fields stand at the top."""

@@ -19,12 +19,9 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .batch import Batch, Row, TiledBatch, collate
+from .batch import Batch, Row, collate
 from .checkpoint import Settings, read_settings, renamed_field
 from .images import MllamaImages, Picture, QwenImages
-
-__all__ = ["Batch", "Chat", "MllamaProcessor", "Picture", "Processor", "Qwen25Processor", "QwenProcessor", "Row",
-           "TiledBatch", "collate"]
 
 Chat = list[dict]
 Part = int | str | Image.Image                          # a control id, a text between two of them, a picture

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch
 from .checkpoint import Settings, renamed_field, rope_settings
 from .fields import (
     ABSENT,
@@ -31,6 +32,7 @@ from .fields import (
     Known,
     check_config,
     plain_attention,
+    qwen_rope,
     text_settings,
 )
 from .layers import (
@@ -48,7 +50,7 @@ from .layers import (
     patch_coordinates,
     vision_rope,
 )
-from .processor import Batch, Qwen25Processor
+from .processor import Qwen25Processor
 from .vlm import QwenVL, frame_lengths
 
 VISION_ROPE_THETA = 10000.0                                         # not in config.json: a constant of the architecture
@@ -281,15 +283,6 @@ def known_fields(config: Settings) -> Known:
             "temporal_patch_size": READ,
             "window_size": READ,
         },
-        rope={
-            "rope_type": (ABSENT, "default", "mrope"),
-            "type": (ABSENT, "default", "mrope"),
-            "factor": (ABSENT, 1),
-            "attention_factor": (ABSENT, 1),
-            "partial_rotary_factor": (ABSENT, 1),
-            "mrope_interleaved": (ABSENT, False),
-            "mrope_section": READ,
-            "rope_theta": READ,
-        },
+        rope=qwen_rope(interleaved=False),
         vision_rope=QWEN_VISION_ROPE,
     )

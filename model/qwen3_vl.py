@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch import Batch
 from .checkpoint import Settings, rope_settings
 from .fields import (
-    ABSENT,
     QWEN_VISION_ROPE,
     READ,
     TEXT,
@@ -30,6 +30,7 @@ from .fields import (
     Known,
     check_config,
     plain_attention,
+    qwen_rope,
     text_settings,
 )
 from .layers import (
@@ -47,7 +48,6 @@ from .layers import (
     patch_coordinates,
     vision_rope,
 )
-from .processor import Batch
 from .vlm import QwenVL, frame_lengths
 
 VISION_ROPE_THETA = 10000.0                                         # not in config.json: a constant of the architecture
@@ -278,15 +278,6 @@ def known_fields(config: Settings) -> Known:
             "spatial_merge_size": READ,
             "temporal_patch_size": READ,
         },
-        rope={
-            "rope_type": (ABSENT, "default", "mrope"),
-            "type": (ABSENT, "default", "mrope"),
-            "factor": (ABSENT, 1),
-            "attention_factor": (ABSENT, 1),
-            "partial_rotary_factor": (ABSENT, 1),
-            "mrope_interleaved": (ABSENT, True),
-            "mrope_section": READ,
-            "rope_theta": READ,
-        },
+        rope=qwen_rope(interleaved=True),
         vision_rope=QWEN_VISION_ROPE,
     )

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .checkpoint import Settings
+from .images import Picture
 from .layers import Grid, LayerCache, Linear, linear
-from .processor import Picture, Processor, QwenProcessor
+from .processor import Processor, QwenProcessor
 from .prompts import Prompts
 
 # Of the pictures that go through a tower together, so that their number does not decide how much memory is taken: those

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model import VLM
+from model.batch import Batch
+from model.images import Picture
 from model.mllama import Mllama
-from model.processor import Batch, Chat, Picture
+from model.processor import Chat
 from model.qwen2_5_vl import Qwen25VL
 from tiny import chat, load_like_transformers, load_reference, picture, reference_inputs
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from golden.make import COLUMNS, GOLDEN, TOKENS
 from model import VLM, generate, load_vlm, save_vlm
+from model.batch import Batch, collate
 from model.layers import RMSNorm
 from model.mllama import Mllama
 from model.pairs import pack_pairs
-from model.processor import Batch, Chat, collate
+from model.processor import Chat
 from model.prompts import pack_prompts
 from model.sampler import banned_tokens
 from model.vlm import FeatureCache

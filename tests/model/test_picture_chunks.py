@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model import VLM, generate, load_vlm
-from model.processor import Picture
+from model.images import Picture
 from model.vlm import PATCHES_AT_ONCE, FeatureCache
 from tiny import CONFIGS, chat, picture, write_checkpoint
 
