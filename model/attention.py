@@ -14,6 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, heads * hd) -> (B, heads, T, hd)."""
+    x = x.unflatten(-1, (-1, head_dim))                                         # (B, T, heads, hd)
+    return x.transpose(1, 2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(hd) + mask) v; key-value head j serves the query heads j g .. (j + 1) g - 1.
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LayerCache, Tree, attend, attend_segments
+from .attention import LayerCache, Tree, attend, attend_segments, split_heads
 
 Grid = tuple[int, int, int]                                                     # (frames, h, w) of a picture in patches
 
@@ -93,16 +93,11 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(head_dim, qk_norm_eps)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads * hd) -> (B, heads, T, hd)."""
-        x = x.unflatten(-1, (-1, self.head_dim))                                # (B, T, heads, hd)
-        return x.transpose(1, 2)
-
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tree: Tree | None, cache: LayerCache | None) -> Tensor:
         """x: (B, T, H) -> (B, T, H). A new cache takes in the prompts' keys and values; a filled one is read."""
-        q = self.split_heads(self.q_proj(x))                                    # (B, nh, T, hd)
-        k = self.split_heads(self.k_proj(x))                                    # (B, nk, T, hd)
-        v = self.split_heads(self.v_proj(x))                                    # (B, nk, T, hd)
+        q = split_heads(self.q_proj(x), self.head_dim)                          # (B, nh, T, hd)
+        k = split_heads(self.k_proj(x), self.head_dim)                          # (B, nk, T, hd)
+        v = split_heads(self.v_proj(x), self.head_dim)                          # (B, nk, T, hd)
         q = self.q_norm(q)
         k = self.k_norm(k)
         q = apply_rope(q, *rope)

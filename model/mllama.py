@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .attention import LayerCache, Tree, attend, split_heads
 from .batch import TiledBatch
 from .checkpoint import Settings, renamed_field, rope_of_all_layers, rope_settings
 from .fields import (
@@ -45,13 +46,10 @@ from .images import Picture
 from .layers import (
     Block,
     DecoderLayer,
-    LayerCache,
     Linear,
     RMSNorm,
     SelfAttention,
     SwiGLU,
-    Tree,
-    attend,
     rope_frequencies,
 )
 from .mllama_vision import VisionTower, gate
@@ -131,15 +129,10 @@ class CrossAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps)
         self.k_norm = RMSNorm(self.head_dim, eps)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads hd) -> (B, heads, T, hd)."""
-        x = x.unflatten(-1, (-1, self.head_dim))                                # (B, T, heads, hd)
-        return x.transpose(1, 2)
-
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, H) -> (B, nk, S, hd) twice."""
-        k = self.k_norm(self.split_heads(self.k_proj(states)))
-        v = self.split_heads(self.v_proj(states))
+        k = self.k_norm(split_heads(self.k_proj(states), self.head_dim))
+        v = split_heads(self.v_proj(states), self.head_dim)
         return k, v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -148,7 +141,7 @@ class CrossAttention(nn.Module):
         While sampling, the n samples of a prompt read its keys and values together, as if they were its n tokens.
         """
         n = len(x) // len(k)                                                    # 1 unless sampling
-        q = self.q_norm(self.split_heads(self.q_proj(x)))                       # (R, nh, T, hd)
+        q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))             # (R, nh, T, hd)
         q = q.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)               # (B, nh, n T, hd)
         y = attend(q, k, v, mask)                                               # (B, nh, n T, hd)
         y = y.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)               # (R, nh, T, hd)

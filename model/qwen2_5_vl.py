@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .attention import LayerCache
 from .batch import Batch
 from .checkpoint import Settings, renamed_field, rope_settings
 from .fields import (
@@ -39,7 +40,6 @@ from .layers import (
     Block,
     DecoderLayer,
     Grid,
-    LayerCache,
     Linear,
     MRopeDecoder,
     PatchEmbed,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import LayerCache, Tree
 from .batch import Batch
 from .checkpoint import Settings, rope_settings
 from .fields import (
@@ -37,13 +38,11 @@ from .layers import (
     Block,
     DecoderLayer,
     Grid,
-    LayerCache,
     LayerNorm,
     Linear,
     MRopeDecoder,
     PatchEmbed,
     SelfAttention,
-    Tree,
     VisionAttention,
     patch_coordinates,
     vision_rope,

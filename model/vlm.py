@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import LayerCache
 from .batch import Batch
 from .checkpoint import Settings
 from .images import Picture
-from .layers import Grid, LayerCache, Linear, linear
+from .layers import Grid, Linear, linear
 from .processor import Processor, QwenProcessor
 from .prompts import Prompts
 
