@@ -64,12 +64,12 @@ class Checkpoint:
     def look(self) -> None:
         """Take note of what is on the disk now."""
         sizes = []
-        for path in self.work.rglob("*"):
-            try:
-                if path.is_file():
-                    sizes.append(path.stat().st_size)
-            except FileNotFoundError:                   # a program has removed or renamed it
-                continue
+        for folder, _, names in os.walk(self.work):     # which goes on where a program has just removed a folder
+            for name in names:
+                try:
+                    sizes.append(os.path.getsize(os.path.join(folder, name)))
+                except FileNotFoundError:               # ... or a file
+                    continue
         self.disk = max(self.disk, sum(sizes))
 
     def run(self, program: str, *words: str) -> tuple[int, str]:

@@ -147,15 +147,24 @@ def test_gate(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.models("Llama-3.2-11B-Vision")
 def test_judge(checkpoint: Checkpoint) -> None:
-    """One iteration of the judge: pairs, judgments in both orders, a step, held-out figures."""
+    """One iteration of the judge: pairs, judgments in both orders, a step, held-out figures.
+
+    The temperature makes both of the taught words likely, whatever the question: their logits are some units apart, and
+    a hundred above those of all other tokens.
+    """
     teach(checkpoint.folder, SIDES)
     out = checkpoint.work / "judge"
+    data = checkpoint.work / "judge.jsonl"
+    lines = write_items(checkpoint, "held-out", 2, picture=False, answered=True)
+    lines += write_items(checkpoint, "spoken-of", 5, picture=False, answered=False)
+    lines += write_items(checkpoint, "seen", 1, picture=True, answered=False)
+    data.write_text("".join(lines))
     status, output = checkpoint.run(
         "judge.py",
-        *flags(task="jsonl", data=write_training_items(checkpoint, picture=True), out=out, device="cpu"),
+        *flags(task="jsonl", data=data, out=out, device="cpu"),
         *flags(verifier=checkpoint.folder, dtype="float32", lora_rank=8, trainable="layers:1-1", lr=1e-3),
-        *flags(items=1, held_out_items=2, n=6, votes=3, iterations=1, epochs=1, batch_size=2, micro_batch=1),
-        *flags(max_new_tokens=3, verdict_tokens=3, temperature=1.0),
+        *flags(items=6, held_out_items=2, n=16, votes=5, iterations=1, epochs=1, batch_size=4, micro_batch=1),
+        *flags(max_new_tokens=3, verdict_tokens=3, temperature=8.0),
         "--no-order-filter", "--no-balance")
     assert status in (0, BLOCKED), output
     summary = json.loads((out / "summary.json").read_text())
