@@ -1,5 +1,6 @@
-"""Preference pairs and the margin-gated replay buffer.
+"""Scored candidates, preference pairs, and the margin-gated replay buffer.
 
+    record    a scored candidate of a labelled item, as the gates read it (class Record)
     pair      chosen = argmax score, rejected = argmin score, among the K candidates of an item
     margin    m = s_top - s_bottom
     gate      a pair enters the buffer iff m >= tau (`min_margin`); when it is full, the oldest
@@ -9,7 +10,7 @@
 
 "When Good Verifiers Go Bad" (arXiv 2606.14629) says that only pairs with a high margin enter the
 replay buffer. Threshold, capacity, ratio and eviction are not published; they are ours. Nothing
-here that trains reads a label; `label_pairs` and `count_directions` do, for the gate and the log.
+here that trains reads a label; records and what is counted of them are for the gate and the log.
 
 What does the gate do to the update? The paper announces a theorem on variance, whose text is not
 known to us, so this is ours. Take a pair with exactly one right side. Let m be its margin, g its
@@ -40,13 +41,20 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Required, TypedDict
 
 REFUSALS = ("unparsed", "tie", "same_text")     # why an item gives no pair, in order of the checks
+# Keys of a record that are true or false, of a candidate, and of an item in all of its records.
+CANDIDATE_KEYS = ("truncated", "candidate_parsed", "candidate_truncated")
+ITEM_KEYS = ("greedy_correct", "greedy_parsed", "greedy_truncated", "own_correct", "own_parsed",
+             "own_truncated")
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -146,9 +154,152 @@ def form_pairs(
     return pairs, refused
 
 
+# ---- records: what the gates read, and whoever has a verifier can write
+
+class Record(TypedDict, total=False):
+    """A candidate that a verifier has scored. Keys from `text` on may be null or absent."""
+    item: Required[str]                             # id of the question
+    correct: Required[bool]                         # exact match with the known answer
+    score: Required[float | None]                   # in [0, 1], null where none could be read
+    group: str | None                               # what several items share, say a picture
+    text: str | None                                # the candidate; equal texts are not paired
+    truncated: bool | None                          # was the verdict cut off?
+    candidate_parsed: bool | None                   # was an answer found in the candidate?
+    candidate_truncated: bool | None
+    seconds: float | None                           # what the verdict cost; of equal texts that
+    tokens: float | None                            # were asked about once, the first carries it
+    greedy_correct: bool | None                     # the student's greedy answer to the question:
+    greedy_parsed: bool | None                      # the same in all records of an item
+    greedy_truncated: bool | None
+    own_correct: bool | None                        # the verifier's
+    own_parsed: bool | None
+    own_truncated: bool | None
+
+
+def gather_records(items: Sequence[Any], *, greedy: Call, sample: Call, score: Call, own: Call,
+                   correct: Call, group: Call | None = None) -> list[Record]:
+    """Ask student and verifier about `items` (each has an `.id`); returns one record a candidate.
+
+    `greedy(items)`, `own(items)`: the student's, the verifier's greedy completions (.text and
+    .finish_reason); `sample(items)`: K of the student's for each; `score(items, texts)`: verdicts
+    (.value, .truncated; optional: .seconds, .tokens); `correct(item, text)`: .correct and .answer;
+    `group(item)`: a name of what it shares with other items, or None.
+    """
+    samples = sample(items)
+    texts = [[completion.text for completion in completions] for completions in samples]
+    rows = zip(items, samples, score(items, texts), greedy(items), own(items), strict=True)
+    records = []
+    for item, completions, verdicts, student_answer, verifier_answer in rows:
+        answers = _grade(item, student_answer, "greedy", correct)
+        answers |= _grade(item, verifier_answer, "own", correct)
+        for completion, verdict in zip(completions, verdicts, strict=True):
+            candidate = _grade(item, completion, "candidate", correct)
+            record: Any = {"item": item.id, "correct": candidate.pop("candidate_correct"),
+                           "score": verdict.value, "text": completion.text,
+                           "truncated": bool(verdict.truncated), **candidate, **answers}
+            for cost in ("seconds", "tokens"):
+                if getattr(verdict, cost, None) is not None:
+                    record[cost] = getattr(verdict, cost)
+            if group is not None and group(item) is not None:
+                record["group"] = group(item)
+            records.append(record)
+    return records
+
+
+def _grade(item: Any, completion: Any, whose: str, correct: Call) -> dict[str, bool]:
+    """The three keys of a record that are about a completion."""
+    match = correct(item, completion.text)
+    return {f"{whose}_correct": bool(match.correct), f"{whose}_parsed": match.answer is not None,
+            f"{whose}_truncated": completion.finish_reason == "length"}
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records of a JSON Lines file; whatever is wrong is a ValueError that names the line."""
+    try:
+        lines = Path(path).read_bytes().rstrip().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    records: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode("utf-8-sig").strip() or "null")
+            check_record(record)
+        except (ValueError, RecursionError) as error:       # of json and of the decoder, too
+            raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None
+        records.append(record)
+    try:
+        check_agreement(records)
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
+    return records
+
+
+def check_agreement(records: Iterable[Mapping[str, Any]]) -> None:
+    """ValueError where two records contradict each other: in what is the same in all records of an
+    item, or in whether one text answers it."""
+    first_seen: dict[tuple[str, ...], tuple[Any, int]] = {}    # what it is about -> value, number
+    for number, record in enumerate(records, 1):
+        said: dict[tuple[str, ...], Any] = {("group",): record.get("group")}
+        said |= {(key,): record.get(key) for key in ITEM_KEYS}
+        if record.get("text") is not None:
+            said["correct", record["text"]] = record["correct"]
+        for about, value in said.items():
+            seen, first = first_seen.setdefault((record["item"], *about), (value, number))
+            if value != seen:
+                raise ValueError(f'line {number}: "{about[0]}" of {record["item"]!r:.80} is not '
+                                 f"what line {first} says")
+
+
+def check_record(record: Any) -> None:
+    """ValueError that says what is wrong with a record."""
+    if not isinstance(record, dict) or not {"item", "correct", "score"} <= record.keys():
+        raise ValueError(f"a record is an object with item, correct and score, not {record!r:.80}")
+
+    for key in ("item", "correct", "group", "text", *CANDIDATE_KEYS, *ITEM_KEYS):
+        value = record.get(key)
+        if value is None and key not in ("item", "correct"):
+            continue
+        is_text = key in ("item", "group", "text")
+        kind, words = (str, "a string") if is_text else (bool, "true or false")
+        if not isinstance(value, kind):
+            raise ValueError(f'"{key}" must be {words}, not {value!r}')
+    for key, most in (("score", 1), ("seconds", 1e15), ("tokens", 1e15)):   # 1e15: sums stay finite
+        value = record.get(key)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value <= most):    # NaN compares false
+            raise ValueError(f'"{key}" must be a number in [0, {most:g}] or null, not {value!r}')
+
+
+def check_same_candidates(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """ValueError unless all verifiers have scored the same candidates of the same items."""
+    counts = {}
+    for name, rows in records.items():
+        counts[name] = Counter((row["item"], row.get("text"), row["correct"]) for row in rows)
+    first, *others = counts
+    for other in others:
+        for item, _, _ in (counts[first] - counts[other]) | (counts[other] - counts[first]):
+            raise ValueError(f"{first} and {other} hold different candidates of item {item!r}")
+
+
 # ---- which way the pairs point: for the gate and the log, which know labels
 
-LabelledPair = tuple[float, bool, bool]         # margin, is chosen right?, is rejected right?
+@dataclass(frozen=True)
+class LabelledPair:
+    """The pair of an item, with the records of its two sides; "correct" must be among the keys."""
+    item_id: str
+    margin: float
+    chosen: Mapping[str, Any]
+    rejected: Mapping[str, Any]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Is exactly one side right?"""
+        return bool(self.chosen["correct"] != self.rejected["correct"])
+
+    @property
+    def is_right_way(self) -> bool:
+        """Is it mixed, with the chosen side right? (d = +1)"""
+        return self.is_mixed and bool(self.chosen["correct"])
 
 
 @dataclass(frozen=True)
@@ -157,6 +308,18 @@ class Directions:
     pairs: int
     mixed: int                                  # exactly one side is right
     right_way: int                              # mixed, with the chosen side right: d = +1
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the two sides of pairs look like; needs no label. None: not known of any pair."""
+    pairs: int                                  # where it is known if an answer is found in a side
+    chosen_unread: int                          # of these, one is found in the rejected side alone
+    rejected_unread: int                        # in the chosen side alone
+    chosen_length: float | None                 # mean number of characters
+    rejected_length: float | None
+    chosen_truncated: float | None              # share of the candidates that were cut off
+    rejected_truncated: float | None
 
 
 def label_pairs(
@@ -180,25 +343,45 @@ def label_pairs(
 
         top, bottom = outcome
         pair_margin = margin(scores[top], scores[bottom])
-        chosen_right = candidates[top]["correct"]
-        rejected_right = candidates[bottom]["correct"]
-        pairs.append((pair_margin, chosen_right, rejected_right))
+        pairs.append(LabelledPair(item_id, pair_margin, candidates[top], candidates[bottom]))
     return pairs
 
 
 def count_directions(pairs: Iterable[LabelledPair], tau: float) -> Directions:
     """Count the pairs whose margin is at least tau. Nothing that trains may depend on it."""
-    count = 0
-    mixed = 0
-    right_way = 0
-    for pair_margin, chosen_right, rejected_right in pairs:
-        if pair_margin >= tau:
-            count += 1
-            if chosen_right != rejected_right:
-                mixed += 1
-                if chosen_right:
-                    right_way += 1
-    return Directions(count, mixed, right_way)
+    reaching = [pair for pair in pairs if pair.margin >= tau]
+    mixed = sum(pair.is_mixed for pair in reaching)
+    right_way = sum(pair.is_right_way for pair in reaching)
+    return Directions(len(reaching), mixed, right_way)
+
+
+def count_form(pairs: Iterable[LabelledPair]) -> Form:
+    """Compare the form of both sides: a verifier that prefers answers without any trains the
+    student to give such."""
+    known = 0
+    unread = {"chosen": 0, "rejected": 0}       # the only side without an answer
+    lengths: dict[str, list[int]] = {"chosen": [], "rejected": []}
+    cut: dict[str, list[bool]] = {"chosen": [], "rejected": []}
+    for pair in pairs:
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        read = {side: record.get("candidate_parsed") for side, record in sides.items()}
+        if None not in read.values():
+            known += 1
+            if read["chosen"] != read["rejected"]:
+                unread["rejected" if read["chosen"] else "chosen"] += 1
+        for side, record in sides.items():
+            if record.get("text") is not None:
+                lengths[side].append(len(record["text"]))
+            if record.get("candidate_truncated") is not None:
+                cut[side].append(record["candidate_truncated"])
+    return Form(known, unread["chosen"], unread["rejected"],
+                _mean(lengths["chosen"]), _mean(lengths["rejected"]),
+                _mean(cut["chosen"]), _mean(cut["rejected"]))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """The mean; None of nothing."""
+    return sum(values) / len(values) if values else None
 
 
 # ---- the buffer

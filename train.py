@@ -33,7 +33,7 @@ from torch import Tensor
 from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
 from eval import load_task
 from eval import score as exact_match
-from gate import decide_before, gate_after, gather_records, measure
+from gate import decide_before, gate_after, measure
 from loop import demo
 from loop.asking import greedy_answers, greedy_completions, verdicts
 from loop.disk import check_disk
@@ -50,7 +50,7 @@ from loop.watch import evaluate_watch, regression_warnings, watch_metrics
 from model import VLM, Completion, load_vlm
 from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
-from replay import Pair, ReplayBuffer, form_pairs, select_pair
+from replay import Pair, ReplayBuffer, form_pairs, gather_records, select_pair
 from tasks import Item
 from tasks.flags import flag, parse_flags
 from tasks.splits import Splits, split_items

@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from loop.asking import ask_verifier
 from loop.loading import activation_dtype, check_pixel_limits, frozen
+from loop.survey_flags import SurveyConfig
 from model import generate, load_vlm
 from model.checkpoint import folder_digest, resolve_folder
 from model.processor import Chat
@@ -32,24 +33,6 @@ from verifier import VERDICTS, Score
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 ASKING_CODE = ("model/*.py", "loop/asking.py", "loop/cached_model.py")      # whose edits make models answer anew
-
-
-@dataclass(frozen=True)
-class AskConfig:
-    """How models are asked."""
-    k: int                                              # candidates an item
-    temperature: float                                  # of the candidates; own answers are greedy
-    top_p: float
-    max_new_tokens: int
-    verdict: str                                        # a name of VERDICTS
-    verdict_tokens: int                                 # longest verdict
-    batch_size: int                                     # prompts prefilled together, items in a file of the cache
-    seed: int
-    device: str                                         # "" for cuda where there is one
-    dtype: str                                          # a name of DTYPES; "" for bfloat16 on cuda, else float32
-    min_pixels: int                                     # pictures are resized to areas between these; 0 for the
-    max_pixels: int                                     # model's own limit
-    feature_cache_gb: ClassVar[float] = 4.0             # memory for image features that a model keeps between calls
 
 
 @dataclass(frozen=True)
@@ -68,12 +51,12 @@ class CostedScore(Score):
 class CachedModel:
     """A model that is asked only for what the cache does not hold; its weights are loaded at the first such thing."""
 
-    def __init__(self, name: str, cfg: AskConfig, cache: Path):
+    def __init__(self, name: str, cfg: SurveyConfig, cache: Path):
         self.name = name
         self.cfg = cfg
         self.cache = cache
         self.folder = resolve_folder(name)
-        self.device = pick_device(cfg.device or None)
+        self.device = pick_device(cfg.device)
         self.dtype = activation_dtype(cfg.dtype, self.device)
         check_pixel_limits(self.folder, cfg.min_pixels, cfg.max_pixels)
         cache.mkdir(parents=True, exist_ok=True)
@@ -197,7 +180,7 @@ class CachedModel:
 class MeteredAsk:
     """Answers the chats that a way of scoring (of VERDICTS) asks, and adds up the seconds and tokens this takes."""
 
-    def __init__(self, vlm: VLM, cfg: AskConfig):
+    def __init__(self, vlm: VLM, cfg: SurveyConfig):
         self.vlm = vlm
         self.cfg = cfg
         self.seconds = 0.0

@@ -9,7 +9,7 @@ from eval import score as exact_match
 from gate import proportion
 from loop.run import Run
 from model import Completion
-from replay import Pair, count_directions
+from replay import LabelledPair, Pair, count_directions
 from tasks import Item
 from verifier import Score
 
@@ -47,16 +47,16 @@ def pair_directions(pairs: Sequence[Pair], items: Sequence[Item]) -> dict[str, A
     may depend on it.
     """
     answered = {item.id: item for item in items if item.answer is not None}
-    sides = []                                          # (margin, is chosen right, is rejected right)
+    labelled = []
     for pair in pairs:
         if pair.item_id not in answered:
             continue
         item = answered[pair.item_id]
-        chosen_right = exact_match(item, pair.chosen_text).correct
-        rejected_right = exact_match(item, pair.rejected_text).correct
-        sides.append((pair.margin, chosen_right, rejected_right))
+        chosen = {"correct": exact_match(item, pair.chosen_text).correct}
+        rejected = {"correct": exact_match(item, pair.rejected_text).correct}
+        labelled.append(LabelledPair(pair.item_id, pair.margin, chosen, rejected))
 
-    counts = count_directions(sides, tau=0.0)
+    counts = count_directions(labelled, tau=0.0)
     return {
         "mixed": counts.mixed,
         "right_way": counts.right_way,

@@ -2,81 +2,42 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from eval import load_task
-from loop.cached_model import AskConfig, CachedModel, CostedScore
-from tasks import TASKS, Item
-from tasks.flags import check_pixel_range
-from tasks.jsonl import Response
-from verifier import VERDICTS
+from eval import score as exact_match
+from loop.cached_model import CachedModel
+from loop.survey_flags import SurveyConfig
+from replay import Record, gather_records
+from tasks import Item
+from tasks.jsonl import check_replaceable
+from tasks.splits import shared_pictures
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SurveyConfig(AskConfig):
-    """Who is asked about what, and how."""
-    student: str                                        # a folder or hub id
-    verifier: Sequence[str]                             # several of them
-    task: str
-    data: str                                           # "" for a task that needs none
-    split: str                                          # "" for the task's own
-    items: int                                          # how many are asked about, of those with an answer
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {self.task!r}")
-        if self.verdict not in VERDICTS:
-            raise ValueError(f"--verdict must be one of {', '.join(VERDICTS)}, not {self.verdict!r}")
-        check_pixel_range(self.min_pixels, self.max_pixels)
+Report = dict[str, Any]
+# (records, number of parameters) by verifier -> what is recommended, the report on each
+Judge = Callable[[dict[str, list[Record]], Mapping[str, int] | None], tuple[Report, dict[str, Report]]]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What the student and one verifier said to the items, by the items' ids.
-
-    The methods answer for items as the models themselves would.
-    """
-    items: list[Item]
-    student_greedy: dict[str, Response]
-    student_samples: dict[str, list[Response]]
-    verifier_greedy: dict[str, Response]
-    scores: dict[str, list[CostedScore]]                # the verifier's, of the student's samples
+class Surveyed:
+    """What a verifier said of the student's candidates: a record each, with what both models answered themselves."""
+    records: list[Record]
     parameters: int                                     # of the verifier
 
-    def greedy(self, items: Sequence[Item]) -> list[Response]:
-        """The student's greedy answers."""
-        return [self.student_greedy[item.id] for item in items]
 
-    def samples(self, items: Sequence[Item]) -> list[list[Response]]:
-        """The student's candidates."""
-        return [self.student_samples[item.id] for item in items]
-
-    def own(self, items: Sequence[Item]) -> list[Response]:
-        """The verifier's greedy answers."""
-        return [self.verifier_greedy[item.id] for item in items]
-
-    def verdicts(self, items: Sequence[Item], texts: Sequence[Sequence[str]]) -> list[list[CostedScore]]:
-        """The verifier's verdicts on the student's candidates, `texts`."""
-        for item, item_texts in zip(items, texts, strict=True):
-            samples = [sample.text for sample in self.student_samples[item.id]]
-            assert list(item_texts) == samples, item.id
-        return [self.scores[item.id] for item in items]
-
-
-def survey(cfg: SurveyConfig, cache: Path) -> dict[str, Answers]:
-    """Each verifier's answers, by its name, beside the student's, who answers once for all of them.
+def survey(cfg: SurveyConfig, cache: Path, fresh: bool = False) -> dict[str, Surveyed]:
+    """Each verifier's records, by its name. The student answers once for all of them.
 
     All models are found before one is asked, and one at a time is in memory. `cache` is the folder of what they
-    answered before. ValueError where no item has an answer, or a model is not there.
+    answered before. With `fresh` as many other items are asked about; where there are fewer, nothing is asked.
+    ValueError where no item has an answer, or a model is not there.
     """
-    items = draw_items(load_task(cfg.task, cfg.data or None, cfg.split or None), cfg.items, cfg.seed)
+    items = survey_items(cfg, fresh)
     if not items:
-        raise ValueError(f"no item of {cfg.task} has an answer to measure against")
+        return {}
     student = CachedModel(cfg.student, cfg, cache)
     verifiers = [CachedModel(name, cfg, cache) for name in cfg.verifier]
 
@@ -87,20 +48,65 @@ def survey(cfg: SurveyConfig, cache: Path) -> dict[str, Answers]:
     for completions in samples:
         texts.append([completion.text for completion in completions])
 
-    answers = {}
+    group = shared_pictures(items)
+    surveyed = {}
     for verifier in verifiers:
         own = verifier.greedy(items)
         scores, parameters = verifier.judge(items, texts)
         verifier.forget()
-        answers[verifier.name] = Answers(
-            items, by_id(items, greedy), by_id(items, samples), by_id(items, own), by_id(items, scores), parameters)
-    return answers
+        records = gather_records(
+            items,
+            greedy=lambda _: greedy,
+            sample=lambda _: samples,
+            score=lambda *_, scores=scores: scores,
+            own=lambda _, own=own: own,
+            correct=exact_match,
+            group=lambda item: group.get(item.id),
+        )
+        surveyed[verifier.name] = Surveyed(records, parameters)
+    return surveyed
 
 
-def by_id(items: Sequence[Item], values: Sequence[T]) -> dict[str, T]:
-    """One value for each item, filed under the item's id."""
-    ids = [item.id for item in items]
-    return dict(zip(ids, values, strict=True))
+def survey_and_judge(cfg: SurveyConfig, out: Path, judge: Judge) -> tuple[Report, dict[str, Report]]:
+    """Survey the verifiers and judge them; of several, the recommended one once more, on fresh items.
+
+    The best of several looks better than it is on those items that it was the best of. `out` is the report's file,
+    which must not be the data's. Returns what `judge` does.
+    """
+    check_replaceable(out, {"data": cfg.data}, flag="--out")
+    cache = Path(cfg.cache or out.parent / "gate_cache")
+    surveyed = survey(cfg, cache)
+    parameters = {name: of.parameters for name, of in surveyed.items()}
+    advice, reports = judge({name: of.records for name, of in surveyed.items()}, parameters)
+    winner = advice["recommended"]
+    if winner is None or len(reports) == 1:
+        return advice, reports
+
+    told = "It was not measured again: too few other items have an answer."
+    fresh = survey(replace(cfg, verifier=[winner]), cache, fresh=True)
+    if fresh:
+        _, again = judge({winner: fresh[winner].records}, None)
+        report = again[winner]
+        told = f"It was measured again on fresh items: {report['verdict']}, {'; '.join(report['reasons'])}."
+        advice["again"] = report
+        if report["verdict"] == "BLOCK":
+            advice["recommended"] = None
+    advice["recommendation"] += f" {told}"
+    return advice, reports
+
+
+def survey_items(cfg: SurveyConfig, fresh: bool) -> list[Item]:
+    """The items that are asked about: `cfg.items` of those with an answer, or, if `fresh`, as many of the others."""
+    items = load_task(cfg.task, cfg.data, cfg.split)
+    drawn = draw_items(items, cfg.items, cfg.seed)
+    if fresh:
+        seen = {item.id for item in drawn}
+        others = [item for item in items if item.id not in seen]
+        drawn = draw_items(others, cfg.items, cfg.seed)
+        return drawn if len(drawn) == cfg.items else []
+    if not drawn:
+        raise ValueError(f"no item of {cfg.task} has an answer to measure against")
+    return drawn
 
 
 def draw_items(items: Iterable[Item], count: int, seed: int) -> list[Item]:

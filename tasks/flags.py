@@ -85,10 +85,15 @@ def build_parser(config: type, description: str | None) -> argparse.ArgumentPars
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
+    add_flags(parser, config)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add a flag for every field of `config` that stands for one."""
     hints = get_type_hints(config)
     for entry in fields(config):
         parser.add_argument(flag_name(entry), **_argument_options(entry, hints[entry.name]))
-    return parser
 
 
 def _argument_options(entry: Field, hint: Any) -> dict[str, Any]:

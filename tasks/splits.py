@@ -91,6 +91,16 @@ def picture_groups(items: Sequence[Item]) -> list[list[Item]]:
     return list(groups.values())
 
 
+def shared_pictures(items: Sequence[Item]) -> dict[str, str]:
+    """The id of an item -> a name for the items that it shares pictures with, where it does: their least id."""
+    names = {}
+    for group in picture_groups(items):
+        if len(group) > 1:
+            least = min(item.id for item in group)
+            names.update({item.id: least for item in group})
+    return names
+
+
 def draw_order(group: Sequence[Item], seed: int) -> bytes:
     """What groups are sorted by: a hash of the seed and the group's least id. The order in the file does not matter."""
     least = min(item.id for item in group)

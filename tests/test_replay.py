@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 import replay
-from replay import REFUSALS, Directions, Pair, ReplayBuffer, count_directions, label_pairs, select_pair
+from replay import (
+    REFUSALS,
+    Directions,
+    Form,
+    LabelledPair,
+    Pair,
+    ReplayBuffer,
+    count_directions,
+    count_form,
+    label_pairs,
+    select_pair,
+)
 
 ROOT = Path(replay.__file__).parent
 
@@ -96,9 +107,15 @@ def test_labels_are_not_read() -> None:
     assert code.co_varnames[:code.co_argcount] == ("item_id", "texts", "scores")
     assert not code.co_kwonlyargcount
     words = set()
-    for node in ast.walk(ast.parse((ROOT / "replay.py").read_text())):
-        if isinstance(node, ast.Attribute):
-            words.add(node.attr)
+    for node in ast.parse((ROOT / "replay.py").read_text()).body:
+        if getattr(node, "name", "") not in ("Pair", "margin", "select_pair", "_draw", "form_pairs", "ReplayBuffer"):
+            continue
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Attribute):
+                words.add(inner.attr)
+            elif isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+                words.add(inner.value)
+    assert {"unparsed", "token_ids"} <= words
     assert not words & {"answer", "correct", "label", "labels"}
 
 
@@ -170,17 +187,36 @@ def test_label_pairs() -> None:
         "a": [{"score": 0.2, "correct": True, "text": "1"}, {"score": 0.7, "correct": False, "text": "1."}],
         "b": [{"score": 0.5, "correct": True}, {"score": 0.5, "correct": False}],
         "c": [{"score": None, "correct": True}, {"score": 0.1, "correct": False}, {"score": 1, "correct": True}]}
-    assert label_pairs(records, rule) == [(0.5, False, True), (0.9, True, False)]      # 0.7 - 0.2 is 0.5
+    assert label_pairs(records, rule) == [
+        LabelledPair("a", 0.5, records["a"][1], records["a"][0]),       # 0.7 - 0.2 is 0.5
+        LabelledPair("c", 0.9, records["c"][2], records["c"][1])]
     assert asked == [("a", ["1", "1."], [0.2, 0.7]), ("b", ["0", "1"], [0.5, 0.5]),
                      ("c", ["0", "1", "2"], [None, 0.1, 1])]
 
 
 def test_count_directions() -> None:
-    pairs = [(0.2, True, False), (0.5, True, False), (0.5, True, True), (0.6, False, False), (1.0, False, True)]
+    sides = [(0.2, True, False), (0.5, True, False), (0.5, True, True), (0.6, False, False), (1.0, False, True)]
+    pairs = []
+    for margin, chosen, rejected in sides:
+        pairs.append(LabelledPair("a", margin, {"correct": chosen}, {"correct": rejected}))
     assert count_directions(pairs, 0.0) == Directions(pairs=5, mixed=3, right_way=2)
     assert count_directions(pairs, 0.5) == Directions(pairs=4, mixed=2, right_way=1)
     assert count_directions(pairs, 0.7) == Directions(pairs=1, mixed=1, right_way=0)
     assert count_directions([], 0.0) == Directions(0, 0, 0)
+
+
+def test_count_form() -> None:
+    """Only pairs of which it is known on both sides count; lengths and cuts by what is known of each side."""
+    def side(read: bool | None, text: str | None = None, cut: bool | None = None) -> dict[str, Any]:
+        return {"candidate_parsed": read, "text": text, "candidate_truncated": cut}
+    sides = [(side(False, "ab", True), side(True, "abcd")), (side(False, "abcd", False), side(True)),
+             (side(True), side(False)), (side(True), side(True)), (side(False), side(False)), (side(None), side(True)),
+             (side(False), {})]
+    pairs = [LabelledPair(str(number), 1.0, chosen, rejected) for number, (chosen, rejected) in enumerate(sides)]
+    assert count_form(pairs) == Form(
+        pairs=5, chosen_unread=2, rejected_unread=1, chosen_length=3.0, rejected_length=4.0, chosen_truncated=0.5,
+        rejected_truncated=None)
+    assert count_form([]) == Form(0, 0, 0, None, None, None, None)
 
 
 # ---- what the gate does to the update: the docstring's proposition

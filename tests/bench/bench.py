@@ -40,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
 import bench_peers
-import gate
 import train
 from bench_peers import (
     RATE,
@@ -76,7 +75,8 @@ from eval import score as exact_match
 from loop.optimise import load_trainable, make_optimiser
 from loop.ranks import Ranks
 from loop.run import Run
-from loop.survey import SurveyConfig, survey
+from loop.survey import survey
+from loop.survey_flags import SurveyConfig
 from model import FAMILIES, VLM, generate, load_vlm, next_digits
 from model.checkpoint import load_weights, read_settings
 from model.images import QwenImages
@@ -206,10 +206,9 @@ def survey_items(size: Size, folder: Path) -> Figures:
         rows.append({"id": str(i), "question": text, "images": [f"gate-{i}.png"], "choices": None, "answer": "1",
                      "answer_type": "integer", "precision": None})
     (folder / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = gate.Config(
+    asked = SurveyConfig(
         student=str(folder), verifier=[str(folder)], task="jsonl", data=str(folder / "gate.jsonl"), items=size.prompts,
         k=size.samples, max_new_tokens=size.verdict, verdict_tokens=size.verdict, device=size.device)
-    asked = SurveyConfig(**{field.name: getattr(cfg, field.name) for field in fields(SurveyConfig)})
 
     def work() -> None:
         with tempfile.TemporaryDirectory() as cache:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gate import decide_before, gather_records, measure, measure_rubric_accuracy, should_deploy_self_dpo
+from gate import decide_before, measure, measure_rubric_accuracy, should_deploy_self_dpo
 from gate_data import good, records_of
-from replay import select_pair
+from replay import gather_records, select_pair
 
 # ---- the published steps
 
@@ -56,17 +56,22 @@ def test_measures_by_hand() -> None:
     for item, correct, score, text in rows:
         records.append({
             "item": item, "correct": correct, "score": score, "text": text, "truncated": score is None,
-            "own_correct": item == "a", "greedy_correct": item != "d", "candidate_parsed": text != "w"})
+            "own_correct": item == "a", "greedy_correct": item != "d", "candidate_parsed": text != "w",
+            "candidate_truncated": text == "w"})
     measures = measure(records, select_pair, 0.5)
 
-    values = {name: figure["value"] for name, figure in measures.items() if isinstance(figure, dict)}
+    values = {name: figure["value"] for name, figure in measures.items() if isinstance(figure, dict) and "n" in figure}
     assert values == pytest.approx({
         "baseline_accuracy": 0.5, "rubric_accuracy": 0.5,               # agrees: y y n n | n y | y n | n y
         "balanced_accuracy": (3 / 5 + 2 / 5) / 2, "accept_rate": 0.5, "parse_rate": 0.9, "truncation_rate": 0.1,
-        "direction": 1.0, "mixed_share": 0.5,                           # margins: a 0.7, b 0.3, c 0.5 (both right)
-        "pick_lift": (0.75 - 0.5 + 0 + 0) / 4, "answer_parse_rate": 0.9,
-        "own_answer_accuracy": 0.25, "greedy_accuracy": 0.75})
+        "direction": 0.5, "direction_at_margin": 1.0, "mixed_share": 2 / 3,     # margins: a 0.7, b 0.3, c 0.5 (right)
+        "pick_lift": (0.75 - 0.5 + 0 + 0) / 4, "answer_parse_rate": 0.9, "answer_truncation_rate": 0.1,
+        "own_answer_accuracy": 0.25, "greedy_accuracy": 0.75, "own_difference": -0.5})
     assert (measures["items"], measures["records"], measures["min_margin"]) == (4, 10, 0.5)
+    assert measures["balanced_accuracy"]["low"] is None                 # of four items there is no interval
+    assert measures["form"] == {
+        "pairs": 3, "chosen_unread": 0, "rejected_unread": 0, "p_value": 1.0, "chosen_length": 1.0,
+        "rejected_length": 1.0, "chosen_truncated": 0.0, "rejected_truncated": 0.0}
 
     table = {}
     for row in measures["direction_by_margin"]:

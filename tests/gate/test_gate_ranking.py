@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import gate
-from gate import Record, check_same_candidates, item_agreement, recommend, verdict_costs
+from gate import item_agreement, measure, recommend
 from gate_data import good, records_of
+from replay import Record, check_same_candidates, select_pair
 
 Measured = tuple[str, float | None, list[int]]          # verdict, seconds a verdict, right verdicts of each item's 8
 
@@ -49,17 +50,17 @@ LESS = [7 if agrees == 8 and i % 5 == 0 else agrees for i, agrees in enumerate(G
 
 @pytest.mark.parametrize("verifiers, recommended, words", [
     ({"a": ("BLOCK", 1, GOOD), "b": ("BLOCK", 2, POOR)}, None, ["none passes"]),
-    ({"a": ("PASS", 1, GOOD)}, "a", ["of 1 verifiers measured no other passes", "was not measured"]),
-    ({"a": ("PASS", 9, POOR), "b": ("BLOCK", 1, GOOD)}, "a", ["of 2 verifiers measured no other passes"]),
-    ({"a": ("PASS", 1, SAME), "b": ("PASS", 5, GOOD)}, "a", ["(it is the best)", "buys nothing that was measured"]),
-    ({"b": ("PASS", 5, GOOD), "a": ("PASS", 1, SAME)}, "a", ["+0.000 [", "from the best, b",
+    ({"a": ("PASS", 1, GOOD)}, "a", ["1 of 1 verifiers pass", "none that passes"]),
+    ({"a": ("PASS", 9, POOR), "b": ("BLOCK", 1, GOOD)}, "a", ["1 of 2 verifiers pass", "none that passes"]),
+    ({"a": ("PASS", 1, SAME), "b": ("PASS", 5, GOOD)}, "a", ["the best; beyond it", "buys nothing that was"]),
+    ({"b": ("PASS", 5, GOOD), "a": ("PASS", 1, SAME)}, "a", ["+0.000 [", "from b)",
                                                              "buys nothing that was measured"]),
     ({"a": ("PASS", 1, NEAR), "b": ("PASS", 5, GOOD)}, "a", ["-0.020 [", ", +0.0", "buys nothing that was measured"]),
-    ({"a": ("PASS", 1, LESS), "b": ("PASS", 5, GOOD)}, "a", ["-0.022 [", "the best, b", "buys 0.022 of agreement"]),
-    ({"a": ("PASS", 1, MAYBE), "b": ("PASS", 5, GOOD)}, "b", ["(it is the best)", "none that passes costs more"]),
-    ({"a": ("PASS", 1, POOR), "b": ("PASS", 5, GOOD)}, "b", ["(it is the best)", "none that passes costs more"]),
-    ({"a": ("PASS", 1, POOR), "b": ("PASS", 3, NEAR), "c": ("PASS", 9, GOOD)}, "b", ["of 3 verifiers", "the best, c"]),
-    ({"a": ("BLOCK", 1, GOOD), "b": ("PASS", 3, POOR), "c": ("PASS", 9, POOR)}, "b", ["of 2 verif", "buys nothing"])])
+    ({"a": ("PASS", 1, LESS), "b": ("PASS", 5, GOOD)}, "a", ["-0.022 [", "from b)", "buys 0.022 of agreement"]),
+    ({"a": ("PASS", 1, MAYBE), "b": ("PASS", 5, GOOD)}, "b", ["best; none that passes costs more"]),
+    ({"a": ("PASS", 1, POOR), "b": ("PASS", 5, GOOD)}, "b", ["best; none that passes costs more"]),
+    ({"a": ("PASS", 1, POOR), "b": ("PASS", 3, NEAR), "c": ("PASS", 9, GOOD)}, "b", ["of 3 verifiers", "from c)"]),
+    ({"a": ("BLOCK", 1, GOOD), "b": ("PASS", 3, POOR), "c": ("PASS", 9, POOR)}, "b", ["2 of 3 verif", "buys nothing"])])
 def test_recommendation(verifiers: dict[str, Measured], recommended: str | None, words: list[str]) -> None:
     advice, reports = ranked(**verifiers)
     assert advice["recommended"] == recommended
@@ -106,10 +107,10 @@ def test_how_often_the_cheap_one_is_recommended(lack: float, least: float, most:
 # ---- costs
 
 @pytest.mark.parametrize("verifiers, recommended, words", [
-    ({"a": ("PASS", None, NEAR), "b": ("PASS", None, GOOD)}, "b", ["of 2 verifiers that pass it agrees best"]),
-    ({"a": ("PASS", 1, NEAR), "b": ("PASS", None, GOOD)}, "b", ["of 2 verifiers that pass it agrees best"]),
-    ({"a": ("PASS", 1, NEAR), "b": ("BLOCK", None, GOOD)}, "a", ["of 1 verifiers that pass"]),
-    ({"a": ("PASS", 0, NEAR), "b": ("PASS", 0, GOOD)}, "b", ["of 2 verifiers that pass it agrees best"])])
+    ({"a": ("PASS", None, NEAR), "b": ("PASS", None, GOOD)}, "b", ["2 of 2 verifiers pass, and it agrees best"]),
+    ({"a": ("PASS", 1, NEAR), "b": ("PASS", None, GOOD)}, "b", ["2 of 2 verifiers pass, and it agrees best"]),
+    ({"a": ("PASS", 1, NEAR), "b": ("BLOCK", None, GOOD)}, "a", ["1 of 2 verifiers pass"]),
+    ({"a": ("PASS", 0, NEAR), "b": ("PASS", 0, GOOD)}, "b", ["2 of 2 verifiers pass, and it agrees best"])])
 def test_unknown_costs(verifiers: dict[str, Measured], recommended: str, words: list[str]) -> None:
     """The best is recommended where a verifier's seconds are not known, or are none; no cost is invented."""
     advice, reports = ranked(**verifiers)
@@ -126,11 +127,16 @@ def test_unknown_costs_and_none_passes() -> None:
 
 def test_costs_of_records() -> None:
     """Seconds are the median, tokens the mean, of the records that carry them: None and absent are alike."""
-    records: list[Any] = [{"seconds": 9.0, "tokens": 10}, {"seconds": 1.0, "tokens": 11}, {"seconds": None}, {},
-                          {"seconds": 2.0}]
-    assert verdict_costs(records) == {"seconds_per_verdict": 2.0, "tokens_per_verdict": 10.5}
-    assert verdict_costs(records[2:4]) == {}
-    assert verdict_costs([{"tokens": 0}]) == {"tokens_per_verdict": 0.0}
+    costs: list[Any] = [{"seconds": 9.0, "tokens": 10}, {"seconds": 1.0, "tokens": 11}, {"seconds": None}, {},
+                        {"seconds": 2.0}]
+
+    def told(costs: list[Any]) -> dict[str, float]:
+        records = [{"item": "a", "correct": True, "score": 1.0, **cost} for cost in costs]
+        measures = measure(records, select_pair, 0.5)
+        return {name: value for name, value in measures.items() if name.endswith("per_verdict")}
+    assert told(costs) == {"seconds_per_verdict": 2.0, "tokens_per_verdict": 10.5}
+    assert told(costs[2:4]) == {}
+    assert told([{"tokens": 0}]) == {"tokens_per_verdict": 0.0}
 
 
 # ---- the same candidates

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gate import Decision, Figure, Record, decide_before, measure
-from replay import select_pair
+from gate import Decision, Figure, decide_before, measure
+from replay import Record, select_pair
 
 # (rng, is the candidate right, its answer's number: 0 is the right one) -> score
 Verifier = Callable[[random.Random, bool, int], float | None]

@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,25 +17,26 @@ from PIL import Image
 
 import gate
 from eval import load_task
-from eval import score as exact_match
 from loop import asking, cached_model, loading, survey
-from loop.survey import SurveyConfig, draw_items
+from loop.survey import draw_items
+from loop.survey_flags import SurveyConfig
 from model import generate, load_vlm, next_digits
+from replay import select_pair
 from tasks import Item
 from verifier import CANDIDATE, REPLIES, RUBRIC, VERDICTS
 
 TINY = Path(gate.__file__).parent / "model" / "tiny"
 PROMPT, REPLY = 10, 2                                   # tokens of every prompt and of every reply
-SECONDS = {"student": 1.0, "right": 2.0, "wrong": 1.0, "rough": 0.5}         # what a stand-in takes for a prompt
+SECONDS = {"student": 1.0, "right": 2.0, "wrong": 1.0, "rough": 0.5, "lucky": 2.0}     # of a stand-in, a prompt
 
 
 def items(count: int, colour: int = 0) -> list[Item]:
     """Questions whose answers are 1 to 9, a picture with each; every seventh answer is not known."""
-    encoded = io.BytesIO()
-    Image.new("RGB", (2, 2), (colour, 0, 0)).save(encoded, "PNG")
-    picture = encoded.getvalue()
     made = []
     for number in range(count):
+        encoded = io.BytesIO()
+        Image.new("RGB", (2, 2), (colour, number, 0)).save(encoded, "PNG")
+        picture = encoded.getvalue()
         answer = str(1 + number % 9)
         known = answer if number % 7 else None
         made.append(Item(f"q{number}", "bar", (0, f"say {answer}"), (picture,), known, "integer"))
@@ -64,6 +65,7 @@ class World:
         self.clock = 0.0
         self.opened = 0                                 # chats since the last call
         self.fail_at: int | None = None                 # the call that fails, from 1
+        self.luck = 0                                   # verdicts that `lucky` still gets right
         for name in SECONDS:
             self.change(name, f"{name} as it was made")
 
@@ -119,13 +121,14 @@ class World:
         return rows
 
     def say(self, name: str, text: str, draw: int) -> str:
-        """A reply. `right` and `rough` know all answers, the student a third; `rough` misjudges the answer 5."""
+        """A reply. The student knows a third of the answers, `wrong` none; `rough` misjudges the answer 5."""
         truth = re.search(r"say (\d)", text)[1]
         if text.startswith(RUBRIC):
             right = text.rpartition(CANDIDATE)[2] == truth
-            mistaken = name == "wrong" or (name == "rough" and truth == "5")
+            mistaken = name == "wrong" or (name == "rough" and truth == "5") or (name == "lucky" and self.luck <= 0)
+            self.luck -= name == "lucky"
             return json.dumps({"score": float(right != mistaken)})
-        known = name in ("right", "rough") or (name == "student" and (int(truth) + draw) % 3 == 0)
+        known = name in ("right", "rough", "lucky") or (name == "student" and (int(truth) + draw) % 3 == 0)
         return truth if known else "0"
 
     def ask(self, *verifiers: str, **flags: Any) -> int:
@@ -138,6 +141,11 @@ class World:
         for name, value in values.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
         return gate.main(words)
+
+    def config(self, verifier: str) -> SurveyConfig:
+        """The flags of the same survey with one verifier."""
+        return SurveyConfig(student=str(self.folder / "student"), verifier=[str(self.folder / verifier)], task="bar",
+                            items=45, k=4)
 
     def report(self) -> dict[str, Any]:
         """The report, verifiers by the last part of their paths."""
@@ -194,6 +202,35 @@ def test_one_student_serves_all(world: World, capsys: pytest.CaptureFixture) -> 
     assert "right: verdicts (json)" in said.err and "student: samples" in said.err
 
 
+def test_the_recommended_one_is_measured_again(world: World, capsys: pytest.CaptureFixture) -> None:
+    """On as many other items, where there are so many: it was the best of several on the first ones."""
+    assert world.ask("wrong", "right") == 0
+    assert "not measured again: too few other items" in world.report()["recommendation"]
+
+    world.items = items(120)
+    assert world.ask("wrong", "right") == 0
+    report = world.report()
+    assert report["again"]["verdict"] == "PASS" and report["again"]["items"] == 45
+    assert "measured again on fresh items: PASS" in report["recommendation"]
+    assert world.asked()["right", "verdicts"] == 180 and world.asked()["wrong", "verdicts"] == 90
+
+    drawn = []
+    for fresh in (False, True):
+        [surveyed] = survey.survey(world.config("right"), world.folder / "cache", fresh).values()
+        drawn.append({record["item"] for record in surveyed.records})
+    assert len(drawn[0]) == len(drawn[1]) == 45 and not drawn[0] & drawn[1]
+
+
+def test_one_that_is_blocked_on_fresh_items_is_not_recommended(world: World) -> None:
+    """`lucky` judges rightly for as long as it is one of several."""
+    world.items = items(120)
+    world.luck = 90
+    assert world.ask("wrong", "lucky") == 3
+    report = world.report()
+    assert report["verifiers"]["lucky"]["verdict"] == "PASS" and report["again"]["verdict"] == "BLOCK"
+    assert report["recommended"] is None and "wrong direction" in report["recommendation"]
+
+
 def test_one_verifier(world: World) -> None:
     assert world.ask("wrong") == 3
     report = world.report()
@@ -204,14 +241,14 @@ def test_one_verifier(world: World) -> None:
 def test_a_model_that_is_not_there(world: World, capsys: pytest.CaptureFixture) -> None:
     """Nobody is asked for hours before the last name turns out to be wrong."""
     world.out.write_text("old")
-    assert world.ask("right", "absent") == 1
+    assert world.ask("right", "absent") == 2
     error = capsys.readouterr().err
     assert "absent" in error and error.count("\n") == 1 and not world.calls and world.out.read_text() == "old"
 
 
 def test_no_item_with_an_answer(world: World, capsys: pytest.CaptureFixture) -> None:
     world.items = [replace(item, answer=None) for item in world.items]
-    assert world.ask("right") == 1
+    assert world.ask("right") == 2
     assert "no item of bar has an answer" in capsys.readouterr().err and not world.calls
 
 
@@ -258,10 +295,10 @@ def test_pixel_limits_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cached_model, "check_pixel_limits", lambda folder, *limits: tried.append((folder.name, limits)))
     monkeypatch.setattr(loading, "limit_pixels", lambda _, *limits: limited.append(limits))
     world.ask("right")
-    assert limited == [(0, 0)] * 2
+    assert limited == [(None, None)] * 2
     world.ask("right", max_pixels=5000)
     assert world.asked() == STUDENT | own("right")
-    assert tried[2:] == [("student", (0, 5000)), ("right", (0, 5000))] and limited[2:] == [(0, 5000)] * 2
+    assert tried[2:] == [("student", (None, 5000)), ("right", (None, 5000))] and limited[2:] == [(None, 5000)] * 2
 
     world.ask("right", max_pixels=5000)
     assert not world.calls
@@ -274,7 +311,7 @@ def test_a_model_that_cannot_keep_the_limits(tmp_path: Path, capsys: pytest.Capt
     """It is named before the student is asked."""
     words = ["--student", TINY / "student", "--verifier", TINY / "verifier", "--task", "bar", "--items", 2,
              "--out", tmp_path / "report.json", "--max-pixels", 1]
-    assert gate.main([str(word) for word in words]) == 1
+    assert gate.main([str(word) for word in words]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "gate_cache").exists()
 
 
@@ -317,7 +354,7 @@ def test_other_code_asks_anew(world: World, monkeypatch: pytest.MonkeyPatch, pat
 
 def test_interrupted_it_goes_on_where_it_stopped(world: World, capsys: pytest.CaptureFixture) -> None:
     world.fail_at = 8                                                   # 3 batches answers, 3 samples, 2 own answers
-    assert world.ask("right") == 1 and "the power failed" in capsys.readouterr().err
+    assert world.ask("right") == 2 and "the power failed" in capsys.readouterr().err
     world.fail_at = None
     assert world.ask("right") == 0
     assert world.asked() == {("right", "answers"): 29, ("right", "verdicts"): 90}              # all but 16
@@ -373,13 +410,11 @@ def test_tiny_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """By every way of scoring: the scores are those of verifier.py's own function, the tokens those that it asks."""
     few = load_task("red", limit=4)
     monkeypatch.setattr(survey, "load_task", lambda *_: few)
-    cfg = gate.Config(student=str(TINY / "student"), verifier=[str(TINY / "verifier-0")], task="red", k=4, device="cpu",
-                      temperature=3.0, max_new_tokens=4, verdict_tokens=16, batch_size=3, verdict=kind)
-    shared = {field.name: getattr(cfg, field.name) for field in fields(SurveyConfig)}
-    [answers] = survey.survey(SurveyConfig(**shared), tmp_path / "cache").values()
-    records = gate.gather_records(
-        answers.items, greedy=answers.greedy, sample=answers.samples, score=answers.verdicts, own=answers.own,
-        correct=exact_match)
+    cfg = SurveyConfig(
+        student=str(TINY / "student"), verifier=[str(TINY / "verifier-0")], task="red", k=4, device="cpu",
+        temperature=3.0, max_new_tokens=4, verdict_tokens=16, batch_size=3, verdict=kind)
+    [surveyed] = survey.survey(cfg, tmp_path / "cache").values()
+    records = surveyed.records
     texts = [[record["text"] for record in records if record["item"] == item.id] for item in few]
     assert len(records) == 16 and any(len(set(row)) > 1 for row in texts)
 
@@ -401,12 +436,12 @@ def test_tiny_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found == pytest.approx(scores, abs=1e-4)
     assert len(set(found)) > 1 or kind == "pairwise"                    # which the tiny verifiers were not taught
 
-    costs = gate.verdict_costs(records)
+    costs = gate.measure(records, select_pair, 0.5)
     verdicts = sum(len(set(row)) for row in texts)
     assert costs["tokens_per_verdict"] == pytest.approx(sum(tokens) / verdicts)
     assert costs["seconds_per_verdict"] > 0
     assert sum("tokens" in record for record in records) == verdicts    # of equal texts one carries the cost
-    assert answers.parameters == sum(weight.numel() for weight in vlm.parameters())
+    assert surveyed.parameters == sum(weight.numel() for weight in vlm.parameters())
 
 
 # ---- items

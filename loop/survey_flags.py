@@ -1,0 +1,40 @@
+"""Who is asked about what, and how: the flags of gate.py where it asks models. Nothing here imports torch."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tasks import TASKS
+from tasks.flags import check_pixel_range, check_ranges, flag
+from verifier import VERDICTS
+
+
+@dataclass(frozen=True)
+class SurveyConfig:
+    """Flags of a survey of models."""
+    student: str = flag("", "folder or hub id of the student")
+    verifier: list[str] = flag([], "folders or hub ids of the verifiers")
+    task: str = flag("", "name of the task", choices=tuple(TASKS))
+    data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
+    split: str | None = flag(None, "split of the data (default: the task's own)")
+    items: int = flag(200, "items to ask about, drawn from those with an answer", low=1)
+    k: int = flag(8, "candidates an item", low=2)
+    temperature: float = flag(1.0, "sampling temperature of the candidates; own answers are greedy", low=1e-6, high=1e6)
+    top_p: float = flag(0.9, "nucleus that the candidates are sampled from", low=1e-6, high=1)
+    max_new_tokens: int = flag(256, "longest answer", low=1)
+    verdict: str = flag("json", "how the verifier scores", choices=tuple(VERDICTS))
+    verdict_tokens: int = flag(64, "longest verdict", low=1)
+    batch_size: int = flag(16, "prompts prefilled together, items in a file of the cache", low=1)
+    seed: int = flag(0, "seed of the choice of items and of the sampling", low=0)
+    device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
+    dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=("float32", "bfloat16"))
+    min_pixels: int | None = flag(None, "enlarge smaller pictures to this area (default: the model's own)", low=1)
+    max_pixels: int | None = flag(None, "shrink larger pictures to this area: less memory", low=1)
+    cache: str | None = flag(None, "folder of what models answered (default: gate_cache beside the report)")
+    feature_cache_gb: ClassVar[float] = 4.0             # memory for image features that a model keeps between calls
+
+    def __post_init__(self) -> None:
+        if not (self.student and self.verifier and self.task):
+            raise ValueError("give either --records, or all of --student, --verifier and --task")
+        check_ranges(self)
+        check_pixel_range(self.min_pixels, self.max_pixels)
