@@ -578,6 +578,8 @@ class Config:
     max_new_tokens: int = flag(256, "longest answer", 1)
     verdict_tokens: int = flag(64, "longest verdict", 1)
     verdict: str = flag("json", "how the verifier scores: a name of verifier.VERDICTS, as json")
+    max_prompt_tokens: int = flag(0, "longest prompt; 0: what the models have room for", 0)
+    skip_long: bool = flag(False, "items with longer prompts are not asked, and count as wrong")
     batch_size: int = flag(16, "prompts that are prefilled together", 1)
     seed: int = flag(0, "seed of the choice of items and of the sampling", 0)
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
@@ -602,9 +604,8 @@ class Config:
             value = getattr(self, option.name)
             low, high = option.metadata["range"]
             if isinstance(value, (int, float)) and not low <= value <= high:        # or NaN
-                allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-                flag_name = option.name.replace("_", "-")
-                raise ValueError(f"--{flag_name} must be {allowed}, not {value}")
+                bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+                raise ValueError(f"--{option.name.replace('_', '-')} must be {bounds}, not {value}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -615,13 +616,14 @@ def build_parser() -> argparse.ArgumentParser:
     for option in fields(Config):
         name = "--" + option.name.replace("_", "-")
         text = option.metadata["help"]
+        kind: Any = {"type": type(option.default), "choices": option.metadata["choices"]}
         if option.default == ():
-            parser.add_argument(name, nargs="+", help=text)
-            continue
-        if option.default != "":
+            kind = {"nargs": "+"}
+        elif option.default is False:
+            kind = {"action": "store_true"}
+        elif option.default != "":
             text += f" (default {option.default})"
-        choices = option.metadata["choices"]
-        parser.add_argument(name, type=type(option.default), choices=choices, help=text)
+        parser.add_argument(name, help=text, **kind)
     return parser
 
 
@@ -669,10 +671,8 @@ def main(argv: list[str] | None = None) -> int:
         if not cfg.records:
             cache = Path(cfg.cache or Path(cfg.out).parent / "gate_cache")
             for name, answers in survey(questions, cache).items():
-                reports[name] = {"parameters": answers.parameters}
-                records[name] = gather_records(
-                    answers.items, greedy=answers.greedy, sample=answers.samples,
-                    score=answers.verdicts, own=answers.own, correct=exact_match)
+                reports[name] = {"parameters": answers.parameters, "too_long": answers.too_long}
+                records[name] = gather_records(answers.items, correct=exact_match, **answers.calls)
 
         for name, rows in records.items():
             measures = measure(rows, select_pair, cfg.min_margin)

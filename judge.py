@@ -199,7 +199,7 @@ def load_splits(cfg: Config) -> tuple[Splits, bool]:
     if cfg.task is not None:
         tasks = (cfg.task,)
     keep_answers = cfg.pairs == "correct"
-    return load_judge_splits(cfg, tasks, cfg.items, cfg.held_out_items, keep_answers)
+    return load_judge_splits(cfg, tasks, cfg.verifier, cfg.items, cfg.held_out_items, keep_answers)
 
 
 def load_judge(run: Run) -> VLM:

@@ -38,6 +38,7 @@ from loop import demo
 from loop.asking import greedy_answers, greedy_completions, verdicts
 from loop.disk import check_disk
 from loop.flags import TrainingFlags
+from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.loading import frozen, pairs_at_once
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model
 from loop.ranks import Interrupted, Ranks, exit_status
@@ -200,11 +201,12 @@ def main(cfg: Config, ranks: Ranks) -> int:
 # ---- before the loop
 
 def load_splits(cfg: Config) -> Splits:
-    """Items of the task in four splits that share neither an id nor a picture."""
-    items = load_task(cfg.task, cfg.data, cfg.split)
+    """Items of the task, of those that fit, in splits that share neither an id nor a picture."""
+    uses = answer_uses(cfg.student, cfg) + verifier_uses(cfg.verifier, cfg, cfg.verdict)
+    items = fitting(load_task(cfg.task, cfg.data, cfg.split), uses, cfg.skip_long)
     train = None
     if cfg.train_split:
-        train = load_task(cfg.task, cfg.data, cfg.train_split)
+        train = fitting(load_task(cfg.task, cfg.data, cfg.train_split), uses, cfg.skip_long)
     return split_items(
         items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
 

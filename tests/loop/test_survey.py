@@ -18,7 +18,7 @@ from PIL import Image
 import gate
 from eval import load_task
 from eval import score as exact_match
-from loop import asking, cached_model, loading, survey
+from loop import asking, cached_model, lengths, loading, survey
 from loop.survey import SurveyConfig, draw_items
 from model import generate, load_vlm, next_digits
 from tasks import Item
@@ -74,6 +74,7 @@ class World:
             return real_chat(item)
         patch.setattr(Item, "chat", chat)
         patch.setattr(survey, "load_task", lambda *_: self.items)
+        patch.setattr(lengths, "processor_alone", self.processor_alone)
         patch.setattr(cached_model, "load_vlm", self.load)
         patch.setattr(cached_model, "generate", self.generate)
         patch.setattr(asking, "generate", self.generate)
@@ -83,6 +84,11 @@ class World:
         """Another model under the same name."""
         (self.folder / name).mkdir(exist_ok=True)
         (self.folder / name / "config.json").write_text(content)
+
+    def processor_alone(self, name: str, *_: Any) -> tuple[None, None]:
+        """Stands in for what reads a model's positions: there is no limit to prompts."""
+        cached_model.resolve_folder(name)
+        return None, None
 
     def load(self, folder: Path, *_: Any) -> SimpleNamespace:
         """Stands in for load_vlm."""
