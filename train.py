@@ -16,7 +16,7 @@ Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 us
 1 anything else, SIGTERM included. Every draw is seeded by (--seed, round, what is drawn), so on a
 CPU a resumed run repeats an uninterrupted one bit for bit.
 
-Letters in shape comments: B pairs, T tokens of a packed row, H hidden size.
+Letters in shape comments: B pairs.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
+from dpo import LOSS_TYPES, METRICS, pair_objective
 from eval import load_task
 from eval import score as exact_match
 from gate import decide_before, gate_after, gather_records, measure
@@ -40,7 +40,7 @@ from loop.disk import check_disk
 from loop.flags import TrainingFlags
 from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.loading import frozen, pairs_at_once
-from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model
+from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, row_logps
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
@@ -310,10 +310,7 @@ def pair_logps(vlm: VLM, pairs: Sequence[Pair],
     """
     triples = [(by_id[pair.item_id].chat(), pair.chosen, pair.rejected) for pair in pairs]
     rows = pack_pairs(vlm.processor, triples).to(vlm.device)
-    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))             # (B, T, H)
-    predictors = rows.predictors(hidden)                                        # (2B, C, H)
-    logps = sequence_logps(predictors, vlm.head_weight, rows.targets, rows.mask)        # (2B,)
-    chosen, rejected = logps.chunk(2)
+    chosen, rejected = row_logps(vlm, rows).chunk(2)
     return rows, chosen, rejected
 
 
