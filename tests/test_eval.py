@@ -206,7 +206,6 @@ def test_out_may_name_the_report(task, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--export", "task.jsonl"], "task.jsonl is the file of --data"),
     (["--export", "link.jsonl"], "link.jsonl is the file of --data"),
-    (["--data", "old.jsonl.tmp", "--export", "old.jsonl"], "old.jsonl.tmp is the file of --data"),
     (["--export", "folder"], "folder is a folder"),
     (["--data", "items.json", "--responses", "answers.jsonl", "--out", "items.json"], "the file of --data"),
     (["--responses", "answers.json", "--out", "answers.json"], "answers.json is the file of --responses"),
@@ -216,7 +215,7 @@ def test_out_may_name_the_report(task, tmp_path):
     (["--model", ".", "--out", "."], "config.json is the file of --model")])
 def test_what_is_read_is_not_replaced(arguments, message, task, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("items.json", "old.jsonl.tmp", "responses.jsonl", "config.json"):
+    for name in ("items.json", "responses.jsonl", "config.json"):
         (tmp_path / name).write_bytes(task.read_bytes())
     write_responses(tmp_path / "answers.jsonl", *((str(k), "0") for k in range(5)))
     (tmp_path / "answers.json").write_bytes((tmp_path / "answers.jsonl").read_bytes())

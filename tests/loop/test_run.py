@@ -224,7 +224,7 @@ def test_write_json_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 
 def test_start_writes_what_the_run_depends_on(run: Run) -> None:
     assert json.loads((run.folder / "config.json").read_text()) == {"lr": 0.1, "keep": 2, "reference": "abc"}
-    assert names(run.folder) == ["checkpoints", "config.json"]
+    assert names(run.folder) == [".lock", "checkpoints", "config.json"]
 
 
 def test_folders_that_are_no_runs(run: Run, tmp_path: Path, ranks: Ranks) -> None:
@@ -351,7 +351,7 @@ def test_load_removes_what_a_killed_candidate_left(run: Run) -> None:
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
     resumed(run).load()
-    assert names(run.folder) == ["checkpoints", "config.json"]
+    assert names(run.folder) == [".lock", "checkpoints", "config.json"]
 
 
 def test_a_leftover_of_the_same_process_number(tmp_path: Path) -> None:
