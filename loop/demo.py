@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks
 from loop.run import first_or_none
-from loop.run_files import LOCK, METRICS, RUN_FILES, SUMMARY, foreign_file
+from loop.run_files import LOCK, METRICS, SUMMARY, foreign_file, run_patterns
 from model.checkpoint import read_settings
 from tasks.lock import Lock, take_lock
 
@@ -89,8 +89,8 @@ def check_demo(folder: Path, runs: Sequence[str]) -> None:
 
     patterns = list(REPORT_FILES)
     for name in runs:
-        patterns += [f"{name}/{pattern}".removeprefix("/") for pattern in RUN_FILES]
-        patterns += [f".{name}.*.new/{pattern}" for pattern in RUN_FILES]       # killed before its folder had its name
+        patterns += [f"{name}/{pattern}".removeprefix("/") for pattern in run_patterns()]
+        patterns += [f".{name}.*.new/{pattern}" for pattern in run_patterns()]  # killed before its folder had its name
     foreign = foreign_file(folder, patterns)
     if foreign is not None:
         raise ValueError(f"{folder} holds {foreign}, which the demo did not make and would remove; move it away, or "

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,12 +15,11 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"                                # written when all else is
 LEFTOVERS = (                                           # of a process that was killed while it wrote
     "checkpoints/.step-*", ".candidate.*", ".deploy.*", "*.json*.tmp", "pairs/*.json*.tmp")
-# All that train.py and judge.py write, part by part of a path.
+# All that train.py and judge.py write, part by part of a path: files, and folders that hold a model.
 RUN_FILES = (
     "config.json", METRICS, SUMMARY, "gate_records.jsonl", "held_out.jsonl", "trained_on.jsonl", "pairs/*.jsonl",
-    "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", LOCK, "*.json*.tmp", "pairs/*.json*.tmp",
-    *(f"{folder}/{name}" for folder in ("deploy", "candidate", ".candidate.*", ".deploy.*")
-      for name in (*COPIED_FILES, "*.safetensors")))
+    "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", LOCK, "*.json*.tmp", "pairs/*.json*.tmp")
+MODEL_FOLDERS = ("deploy", "candidate", ".candidate.*", ".deploy.*")
 
 
 # ---- the log
@@ -104,7 +104,15 @@ def outcome(path: Path) -> tuple[str, int]:
     raise ValueError(f"{path} does not say how the run ended; without it --resume goes on from the newest checkpoint")
 
 
-def foreign_file(folder: Path, patterns: tuple[str, ...]) -> Path | None:
+def run_patterns() -> list[str]:
+    """Patterns of every file that a run's folder may hold."""
+    patterns = list(RUN_FILES)
+    for folder in MODEL_FOLDERS:
+        patterns += [f"{folder}/{name}" for name in (*COPIED_FILES, "*.safetensors")]
+    return patterns
+
+
+def foreign_file(folder: Path, patterns: Sequence[str]) -> Path | None:
     """A file below `folder` that no pattern allows for, relative to it; None if there is none."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

@@ -40,7 +40,7 @@ def test_two_processes_write_one_file(tmp_path: Path, monkeypatch: pytest.Monkey
         if len(begun) == 1:
             real(self, text[:3], **how)
             write_json(path, {"a": "second"})
-            assert json.loads(path.read_text()) == {"a": "second"}
+            assert json.loads(path.read_text()) == {"a": "second"} and self.read_text() == text[:3]
         real(self, text, **how)
     monkeypatch.setattr(Path, "write_text", slow)
     write_json(path, {"a": "first"})
