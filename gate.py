@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -255,7 +256,6 @@ def check_record(record: Any) -> None:
     """ValueError that says what is wrong with a record."""
     if not isinstance(record, dict) or not {"item", "correct", "score"} <= record.keys():
         raise ValueError(f"a record is an object with item, correct and score, not {record!r:.80}")
-
     for key in ("item", "correct", "text", *RATES, *ITEM_RATES):
         value = record.get(key)
         if value is None and key not in ("item", "correct"):
@@ -328,7 +328,6 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float) -> Me
             counts[name].append(count)
     mean_accuracy = [right / size for right, size in counts["baseline_accuracy"]]
     picked_accuracy = [right / size for right, size in counts.pop("picked, right")]
-
     balanced = balanced_ratio(counts.pop("agreement, right"), counts.pop("agreement, wrong"))
     figures = {name: clustered_ratio(items) for name, items in counts.items()}
     for key, name in ITEM_RATES.items():            # the same in all records of an item
@@ -633,9 +632,8 @@ def print_reports(reports: dict[str, Report]) -> None:
                "balanced_accuracy")
     costs = {"parameters": "{:,}", "seconds_per_verdict": "{:.4g}", "tokens_per_verdict": "{:.1f}",
              "cost": "{:.2f}x"}
-    for name in list(costs):
-        if any(report.get(name) is None for report in reports.values()):
-            del costs[name]                         # not known of all
+    for name in [name for name in costs if any(r.get(name) is None for r in reports.values())]:
+        del costs[name]                             # not known of all
     head = [f"{name:20}" for name in figures] + [f"{name:>19}" for name in costs]
     print("verdict", *head, "verifier", sep="  ")
     order = sorted(reports, key=lambda name: -reports[name]["rubric_accuracy"]["value"])
@@ -657,6 +655,7 @@ def main(argv: list[str] | None = None) -> int:
         if not cfg.records:                         # what lies above this file is imported here
             from eval import score as exact_match
             from loop.survey import SurveyConfig, survey
+            from tasks.lock import take_lock
             questions = SurveyConfig(**{f.name: getattr(cfg, f.name) for f in fields(SurveyConfig)})
     except ValueError as error:
         parser.error(str(error))
@@ -669,6 +668,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         records: dict[str, Sequence[Record]] = {path: read_records(path) for path in cfg.records}
         if not cfg.records:
+            _lock = take_lock(Path(f"{cfg.out}.lock"), cfg.out)     # until main() returns
             cache = Path(cfg.cache or Path(cfg.out).parent / "gate_cache")
             for name, answers in survey(questions, cache).items():
                 reports[name] = {"parameters": answers.parameters, "too_long": answers.too_long}
@@ -682,7 +682,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(reports) > 1 or not cfg.records:
             advice, reports = recommend(reports, records)
         whole = advice | ({"verifiers": reports} if len(reports) > 1 else reports[name])
-        aside = Path(cfg.out + ".tmp")              # renamed, so that --out is never half-written
+        aside = Path(f"{cfg.out}.{os.getpid()}.tmp")    # renamed: --out is never half-written
         aside.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         aside.replace(cfg.out)

@@ -130,6 +130,8 @@ class Config(TrainingFlags):
 def main(cfg: Config, ranks: Ranks) -> int:
     """One run: gate -> [sample -> score -> pair -> replay -> DPO] -> gate. The exit status."""
     run = Run(cfg, ranks)
+    if run.has_ended:                               # --resume of a run that is finished
+        return run.end_again()
     splits = load_splits(cfg)                       # gate, watch, held_out, train: disjoint
     student, verifier = load_models(run)            # trained, frozen
     optimiser = make_optimiser(student, cfg.lr, cfg.weight_decay)

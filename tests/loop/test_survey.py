@@ -18,6 +18,7 @@ from PIL import Image
 import gate
 from eval import load_task
 from eval import score as exact_match
+from locks import held_elsewhere
 from loop import asking, cached_model, lengths, loading, survey
 from loop.survey import SurveyConfig, draw_items
 from model import generate, load_vlm, next_digits
@@ -370,6 +371,19 @@ def test_a_cache_elsewhere(world: World, capsys: pytest.CaptureFixture) -> None:
     assert world.ask("right", cache=world.folder / "file") == 1
     assert not world.calls and capsys.readouterr().err.splitlines()[-1].startswith("gate.py: ")
     assert (world.folder / "file").read_text() == "mine"
+
+
+def test_one_process_makes_a_report(world: World, capsys: pytest.CaptureFixture) -> None:
+    """A second one for the same report is refused before it asks; one for another report shares the cache."""
+    lock = world.out.with_name(world.out.name + ".lock")
+    with held_elsewhere(lock):
+        assert world.ask("right") != 0
+        error = capsys.readouterr().err
+        assert f"{world.out} is in use by process 71 on node-3; wait for its end" in error and error.count("\n") == 1
+        assert not world.calls and not (world.folder / "gate_cache").exists()
+        assert world.ask("right", out=world.folder / "other.json") == 0
+    assert world.ask("right") == 0 and not world.calls
+    assert not lock.exists() and not (world.folder / "other.json.lock").exists()
 
 
 # ---- the shipped tiny models
