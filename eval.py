@@ -30,6 +30,7 @@ from tasks import TASKS, Item, Verdict, jsonl, task_module
 from tasks.flags import check_pixel_range, check_ranges, flag, parse_flags
 from tasks.jsonl import Response
 from tasks.loading import fingerprint
+from tasks.output import Output, output_files
 from tasks.rewardbench import Comparison, both_orders, check_both_orders
 
 
@@ -42,9 +43,10 @@ class Config:
     data: str | None = flag(None, "folder with the benchmark's files; for --task jsonl the file itself")
     split: str | None = flag(None, "which split (default: the one the benchmark is reported on)")
     limit: int | None = flag(None, "only the first N items (pairs, for a judge)", low=1)
-    out: str | None = flag(None, "folder for the results, or X.json for the report "
-                                 "(default with --model: runs/eval/..., with --responses: none)")
+    out: str | None = flag(None, "folder for the results, or X.json (default: runs/eval/..., with --responses none)")
     max_new_tokens: int = flag(1024, "longest response; what is cut off counts in the truncation rate", low=1)
+    max_prompt_tokens: int | None = flag(None, "longest prompt in tokens (default: what the model has room for)", low=1)
+    skip_long: bool = flag(False, "do not ask items with longer prompts: they count as wrong")
     batch_size: int = flag(8, "prompts at a time", low=1)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
     dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=("float32", "bfloat16"))
@@ -90,14 +92,16 @@ def main(argv: list[str] | None = None) -> int:
             items = load_scorable(cfg)
             out = open_output(cfg)
             # Here and not above: whoever scores answers from elsewhere needs neither torch nor model/.
+            from loop.lengths import TOO_LONG, answer_uses, fitting, with_unasked
             from loop.loading import activation_dtype, frozen
             from model import generate, load_vlm
             from model.vlm import pick_device
             device = pick_device(cfg.device)
+            asked = fitting(items, answer_uses(cfg.model, cfg), cfg.skip_long)
             vlm = frozen(load_vlm(cfg.model, device, activation_dtype(cfg.dtype, device)), cfg)
             greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
-            completions = ask(items, greedy, out.responses, cfg.batch_size)
-            finish(items, completions, out)
+            completions = ask(asked, greedy, out, cfg.batch_size)
+            finish(items, with_unasked(items, asked, completions, TOO_LONG), out)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -177,11 +181,10 @@ def load_scorable(cfg: Config) -> list[Item]:
 def score_answers(items: Sequence[Item], completions: Sequence[Response]) -> list[Answer]:
     """Score one completion an item; a completion has `.text`, `.token_ids` and `.finish_reason`."""
     answers = []
-    for item, completion in zip(items, completions, strict=True):
-        verdict = score(item, completion.text)
-        tokens = None if completion.token_ids is None else len(completion.token_ids)
-        answers.append(Answer(
-            item.id, completion.text, verdict.answer, verdict.correct, completion.finish_reason, tokens))
+    for item, said in zip(items, completions, strict=True):
+        verdict = score(item, said.text)
+        tokens = None if said.token_ids is None else len(said.token_ids)
+        answers.append(Answer(item.id, said.text, verdict.answer, verdict.correct, said.finish_reason, tokens))
     return answers
 
 
@@ -195,7 +198,6 @@ def share(outcomes: Sequence[bool | None], verdicts: int = 1) -> Figure:
     """
     # Here and not above: at top level this file imports the standard library, Pillow and tasks/ only.
     from gate import clustered_ratio, proportion
-
     if verdicts == 1:
         known = [outcome for outcome in outcomes if outcome is not None]
         return proportion(sum(known), len(known))
@@ -259,6 +261,7 @@ def report(items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Any]:
         "parse_rate": share(parsed, verdicts),
         "truncation_rate": share(cut_off, verdicts),
         "mean_tokens": sum(tokens) / len(tokens) if tokens else None,
+        "too_long": sum(answer.finish_reason == "too_long" for answer in answers),
         **judged,
         "groups": groups,
         **means,
@@ -335,30 +338,6 @@ def table_line(name: str, figure: Figure) -> str:
 
 # ---- the files of a run
 
-@dataclass(frozen=True)
-class Output:
-    """Where a run's files are."""
-    report: Path
-    answers: Path
-    responses: Path
-    config: Path
-
-
-def output_files(out: str | Path) -> Output:
-    """The files of a run: in the folder `out`, or beside the report where `out` is X.json."""
-    out = Path(out)
-    beside = out.suffix == ".json"
-    folder = out.parent if beside else out
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; give a folder, or X.json")
-    start = out.stem + "." if beside else ""
-    return Output(
-        report=out if beside else folder / "report.json",
-        answers=folder / f"{start}answers.jsonl",
-        responses=folder / f"{start}responses.jsonl",
-        config=folder / f"{start}config.json")
-
-
 def check_outputs(cfg: Config, *written: Path) -> None:
     """ValueError where a file to be written is one that is read: --data's, --responses', --model's."""
     inputs = {"data": cfg.data, "responses": cfg.responses, "model": cfg.model and Path(cfg.model, "config.json")}
@@ -367,25 +346,15 @@ def check_outputs(cfg: Config, *written: Path) -> None:
 
 
 def open_output(cfg: Config) -> Output:
-    """The files of a run that asks a model, ready to go on where an earlier one stopped.
+    """The files of a run that asks a model, for this process alone, to go on where an earlier one stopped.
 
-    ValueError where they hold inputs, or answers of other settings.
+    ValueError where another process writes them, or where they hold inputs or answers of other settings.
     """
     now = settings(cfg)
     name = hashlib.sha256(json.dumps(now).encode()).hexdigest()[:8]
     out = output_files(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name}-{name}"))
     check_outputs(cfg, out.report, out.answers, out.responses, out.config)
-
-    if out.responses.exists():
-        before = json.loads(out.config.read_text()) if out.config.exists() else {}
-        for field in now:
-            if before.get(field) != now[field]:
-                raise ValueError(f"{out.responses} holds answers of another run: {field} was {before.get(field)!r}, "
-                                 f"is {now[field]!r}; give another --out")
-        written = out.responses.read_bytes()
-        whole_lines = written[:written.rfind(b"\n") + 1]    # an interruption may have left half a line
-        out.responses.write_bytes(whole_lines)
-    jsonl.write_whole(out.config, json.dumps(now, indent=1))
+    out.reopen(now)
     return out
 
 
@@ -415,14 +384,16 @@ def write_results(out: Output, items: Sequence[Item], answers: Sequence[Answer],
 
 # ---- asking
 
-def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence], path: Path,
+def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence], out: Output,
         batch_size: int) -> list[Response]:
-    """Ask for what `path` does not hold yet, writing every batch down as it comes; one response an item.
+    """Ask for what the responses' file does not hold yet, writing every batch down as it comes; one response an item.
 
     `generate(chats)` returns a list of one completion for each chat.
     """
     from tqdm import tqdm
 
+    out.begin()
+    path = out.responses
     responses = jsonl.read_responses(path, items, others=True) if path.exists() else {}
     missing = [item for item in items if jsonl.key_of(item) not in responses]
     done = len(items) - len(missing)

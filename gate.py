@@ -627,12 +627,9 @@ def print_reports(reports: dict[str, Report]) -> None:
 
 
 def judge(cfg: Config, records: dict[str, Sequence[Record]],
-          parameters: Mapping[str, int] | None = None) -> tuple[Report, dict[str, Report]]:
-    """What is recommended of several verifiers, and the report on each by its name.
-
-    Each of m verifiers is tested at ALPHA / m: that one of them passes by chance is no likelier
-    than it is with one.
-    """
+          known: Mapping[str, Report] | None = None) -> tuple[Report, dict[str, Report]]:
+    """What is recommended of several verifiers, and the report on each by its name, with what else
+    is `known` of it. Each of m is tested at ALPHA / m, so that they pass by chance as one does."""
     from replay import select_pair
     reports: dict[str, Report] = {}
     for name, rows in records.items():
@@ -641,10 +638,8 @@ def judge(cfg: Config, records: dict[str, Sequence[Record]],
         if decision.verdict == "PASS" and cfg.rule == "ours":
             decision.reasons.append(NO_PILOT)
         reports[name] = {"verdict": decision.verdict, "reasons": decision.reasons, "rule": cfg.rule,
-                         **measures}
-        if parameters:
-            reports[name]["parameters"] = parameters[name]
-    several = len(reports) > 1 or parameters
+                         **(known or {}).get(name, {}), **measures}
+    several = len(reports) > 1 or known
     return recommend(reports, records) if several else ({}, reports)
 
 
@@ -676,6 +671,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if questions:
             from loop.survey import survey_and_judge
+            from tasks.lock import take_lock
+            _lock = take_lock(Path(f"{cfg.out}.lock"), cfg.out)     # until main() returns
             advice, reports = survey_and_judge(questions, Path(cfg.out), partial(judge, cfg))
         else:
             advice, reports = judge(cfg, {path: read_records(path) for path in cfg.records})

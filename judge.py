@@ -72,7 +72,7 @@ __all__ = ["Judgment", "SyntheticPair", "alter_chat", "altered_pair", "balanced"
 
 TINY = Path(__file__).parent / "model" / "tiny"
 DEMO = ("bar", "red")                                   # the tasks of the demo
-DEMO_FOLDER = Path("runs/demo/judge")
+DEMO_FOLDER = Path("runs/judge-demo")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Config(TrainingFlags):
     task: str | None = flag(None, "task whose questions it judges (without it: the demo, bar and red)",
                             choices=tuple(TASKS))
     train_split: str | None = flag(None, "make pairs of this split's questions instead; its answers may be hidden")
-    out: str | None = flag(None, "folder of the run (default runs/judge-TASK, for the demo runs/demo/judge)")
+    out: str | None = flag(None, "folder of the run (default runs/judge-TASK, for the demo runs/judge-demo)")
     # Pairs
     iterations: int = flag(4, "most iterations of judging, filtering and training", low=1)
     patience: int = flag(1, "stop after this many iterations without a rise of held-out accuracy", low=1)
@@ -130,6 +130,8 @@ class State:
 def main(cfg: Config, ranks: Ranks) -> int:
     """One run: pairs -> [judge -> filter -> train -> evaluate]. Returns the exit status."""
     run = Run(cfg, ranks)
+    if run.has_ended:                                   # --resume of a run that is finished
+        return run.end_again()
     splits, answers_known = load_splits(cfg)
     vlm = load_judge(run)
     state, optimiser = restore(run, vlm)
@@ -199,7 +201,7 @@ def load_splits(cfg: Config) -> tuple[Splits, bool]:
     if cfg.task is not None:
         tasks = (cfg.task,)
     keep_answers = cfg.pairs == "correct"
-    return load_judge_splits(cfg, tasks, cfg.items, cfg.held_out_items, keep_answers)
+    return load_judge_splits(cfg, tasks, cfg.verifier, cfg.items, cfg.held_out_items, keep_answers)
 
 
 def load_judge(run: Run) -> VLM:
@@ -436,11 +438,9 @@ def cli() -> int:
     cfg = parse_flags(Config, __doc__)
 
     def work(ranks: Ranks) -> int:
-        if cfg.out:
-            return main(cfg, ranks)
-        if cfg.task:
-            return main(replace(cfg, out=f"runs/judge-{cfg.task}"), ranks)
-        with replaced(DEMO_FOLDER, ranks):
+        if cfg.out or cfg.task:
+            return main(replace(cfg, out=cfg.out or f"runs/judge-{cfg.task}"), ranks)
+        with replaced(DEMO_FOLDER, ("",), ranks):
             return main(replace(cfg, out=str(DEMO_FOLDER)), ranks)
 
     return exit_status("judge.py", work, cfg.device)

@@ -16,7 +16,7 @@ Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 us
 1 anything else, SIGTERM included. Every draw is seeded by (--seed, round, what is drawn), so on a
 CPU a resumed run repeats an uninterrupted one bit for bit.
 
-Letters in shape comments: B pairs, T tokens of a packed row, H hidden size.
+Letters in shape comments: B pairs.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo import LOSS_TYPES, METRICS, pair_objective, sequence_logps
+from dpo import LOSS_TYPES, METRICS, pair_objective
 from eval import load_task
 from eval import score as exact_match
 from gate import decide_before, gate_after, measure
@@ -38,8 +38,9 @@ from loop import demo
 from loop.asking import greedy_answers, greedy_completions, verdicts
 from loop.disk import check_disk
 from loop.flags import TrainingFlags
+from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.loading import frozen, pairs_at_once
-from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model
+from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, row_logps
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
@@ -129,6 +130,8 @@ class Config(TrainingFlags):
 def main(cfg: Config, ranks: Ranks) -> int:
     """One run: gate -> [sample -> score -> pair -> replay -> DPO] -> gate. The exit status."""
     run = Run(cfg, ranks)
+    if run.has_ended:                               # --resume of a run that is finished
+        return run.end_again()
     splits = load_splits(cfg)                       # gate, watch, held_out, train: disjoint
     student, verifier = load_models(run)            # trained, frozen
     optimiser = make_optimiser(student, cfg.lr, cfg.weight_decay)
@@ -200,11 +203,12 @@ def main(cfg: Config, ranks: Ranks) -> int:
 # ---- before the loop
 
 def load_splits(cfg: Config) -> Splits:
-    """Items of the task in four splits that share neither an id nor a picture."""
-    items = load_task(cfg.task, cfg.data, cfg.split)
+    """Items of the task, of those that fit, in splits that share neither an id nor a picture."""
+    uses = answer_uses(cfg.student, cfg) + verifier_uses(cfg.verifier, cfg, cfg.verdict)
+    items = fitting(load_task(cfg.task, cfg.data, cfg.split), uses, cfg.skip_long)
     train = None
     if cfg.train_split:
-        train = load_task(cfg.task, cfg.data, cfg.train_split)
+        train = fitting(load_task(cfg.task, cfg.data, cfg.train_split), uses, cfg.skip_long)
     return split_items(
         items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
 
@@ -308,10 +312,7 @@ def pair_logps(vlm: VLM, pairs: Sequence[Pair],
     """
     triples = [(by_id[pair.item_id].chat(), pair.chosen, pair.rejected) for pair in pairs]
     rows = pack_pairs(vlm.processor, triples).to(vlm.device)
-    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))             # (B, T, H)
-    predictors = rows.predictors(hidden)                                        # (2B, C, H)
-    logps = sequence_logps(predictors, vlm.head_weight, rows.targets, rows.mask)        # (2B,)
-    chosen, rejected = logps.chunk(2)
+    chosen, rejected = row_logps(vlm, rows).chunk(2)
     return rows, chosen, rejected
 
 

@@ -2,8 +2,9 @@
 
 There is one file for every `batch_size` items. Its name is the digest of all that the answers depend on: the model's
 files, the items and their pictures, how it was asked, what computed it. So one more verifier costs its own scoring
-alone, and an interrupted survey goes on where it stopped. A file that is damaged, or that holds something else than
-its name says, is not believed: what belongs there is asked for again.
+alone, and an interrupted survey goes on where it stopped. Several processes may share a cache: a file is whole or
+absent, and may be written twice. A file that is damaged, or that holds something else than its name says, is not
+believed: what belongs there is asked for again.
 """
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class CachedModel:
         self.device = pick_device(cfg.device)
         self.dtype = activation_dtype(cfg.dtype, self.device)
         check_pixel_limits(self.folder, cfg.min_pixels, cfg.max_pixels)
-        cache.mkdir(parents=True, exist_ok=True)
+        if cache.exists() and not cache.is_dir():
+            raise ValueError(f"the cache {cache} is a file; a folder is needed")
 
         machine: str | int = torch.get_num_threads()
         if self.device.type == "cuda":

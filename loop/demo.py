@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,18 @@ from typing import Any, TypeVar
 
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks
+from loop.run import first_or_none
+from loop.run_files import LOCK, METRICS, SUMMARY, foreign_file, run_patterns
+from model.checkpoint import read_settings
+from tasks.lock import Lock, take_lock
 
 EXPECTED = {"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")}     # task -> gate before, gate after
+MEANINGS = {                                            # of what the gate after training said
+    "PROMOTE": "The trained student is shown to answer better than the frozen one: it is deployed.",
+    "REJECT": "The trained student is not shown to answer better, whatever its loss did, so nothing is deployed.",
+    None: "The gate before training stopped the run, so nothing was trained.",
+}
+REPORT_FILES = ("demo.png", "demo.txt")
 TITLES = {"bar": "the verifier understands it", "red": "the verifier does not understand it"}
 SMOOTHED = 5                                            # steps that a point of the loss curve is the mean of
 
@@ -36,49 +46,116 @@ def run(main: Callable[[C, Ranks], int], cfg: C, ranks: Ranks) -> int:
     if cfg.out and ranks.any(folder.exists()):
         raise FileExistsError(f"{folder} exists; choose another --out")
 
-    with replaced(folder, ranks):
+    with replaced(folder, tuple(EXPECTED), ranks):
         for task in EXPECTED:
             if ranks.first:
                 print(f"\n== {task}", flush=True)
             flags = replace(cfg, task=task, out=str(folder / task), force=task == "red")
             main(flags, ranks)
-    return report(folder) if ranks.first else 0
+        return report(folder) if ranks.first else 0
 
 
 @contextmanager
-def replaced(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Inside, `folder` is out of the way. It comes back if no new one was made: a wrong flag costs nobody a demo."""
-    earlier = folder.with_name(f".{folder.name}.before")
-    if ranks.first and folder.exists():
-        shutil.rmtree(earlier, ignore_errors=True)
-        os.replace(folder, earlier)
-    ranks.barrier()
+def replaced(folder: Path, runs: Sequence[str], ranks: Ranks) -> Iterator[None]:
+    """Inside, a new demo is made in `folder`: its `runs`, in this order, "" for the folder itself.
 
+    An earlier demo is out of the way meanwhile. It is removed when the new one is whole; until then whatever ends this
+    process costs nobody a demo, for the earlier one comes back: now, or when the next demo starts. ValueError if
+    another process makes this demo, or if `folder` holds what no demo has made.
+    """
+    earlier = folder.with_name(f".{folder.name}.before")
+    held: list[Lock] = []
+
+    def begin() -> None:
+        held.append(take_lock(folder.with_name(f".{folder.name}.lock"), folder))
+        check_demo(folder, runs)
+        settle(folder, earlier, runs)
+        if folder.exists():
+            os.replace(folder, earlier)
+
+    first_or_none(ranks, begin)
     try:
         yield
     finally:
-        if ranks.first and earlier.exists():
-            if folder.exists():
-                shutil.rmtree(earlier)
-            else:
-                os.replace(earlier, folder)
+        if ranks.first:
+            settle(folder, earlier, runs)
+            held.clear()
 
+
+def check_demo(folder: Path, runs: Sequence[str]) -> None:
+    """ValueError if `folder` holds what no demo has made, or one of its runs is in use: it is about to be removed."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} is not a folder; remove it, or choose another --out")
+
+    patterns = list(REPORT_FILES)
+    for name in runs:
+        patterns += [f"{name}/{pattern}".removeprefix("/") for pattern in run_patterns()]
+        patterns += [f".{name}.*.new/{pattern}" for pattern in run_patterns()]  # killed before its folder had its name
+    foreign = foreign_file(folder, patterns)
+    if foreign is not None:
+        raise ValueError(f"{folder} holds {foreign}, which the demo did not make and would remove; move it away, or "
+                         "choose another --out")
+
+    for name in runs:
+        if (folder / name).is_dir():
+            take_lock(folder / name / LOCK, folder / name)      # and let go of it again
+
+
+def settle(folder: Path, earlier: Path, runs: Sequence[str]) -> None:
+    """Of a demo and an earlier one, keep the new one if its last run is finished, else put the earlier one back."""
+    if not earlier.exists():
+        return
+    if (folder / runs[-1] / SUMMARY).exists():
+        shutil.rmtree(earlier)
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(earlier, folder)
+
+
+# ---- the report
 
 def report(folder: Path) -> int:
-    """Print the table, write the picture; 0 if both tasks went as EXPECTED, else 1."""
+    """Print the table, draw the picture, say what happened; 0 if both tasks went as EXPECTED, else 1."""
     summaries = {}
     curves = {}
-    verdicts = {}
     for task in EXPECTED:
-        summary = json.loads((folder / task / "summary.json").read_text(encoding="utf-8"))
-        post_gate = summary["post_gate"] or {}
-        summaries[task] = summary
-        curves[task] = read_curves(folder / task / "metrics.jsonl")
-        verdicts[task] = (summary["pre_gate"]["verdict"], post_gate.get("verdict"))
+        summaries[task] = read_settings(folder / task, SUMMARY)
+        curves[task] = read_curves(folder / task / METRICS)
 
     print("\n" + table(summaries))
-    print(f"picture: {draw(curves, folder)}")
+    picture = draw(curves, folder)
+    print(f"picture: {picture}")
+    print("\n" + conclusion(summaries, folder, picture), flush=True)
+    verdicts = {task: gate_verdicts(summary) for task, summary in summaries.items()}
     return 0 if verdicts == EXPECTED else 1
+
+
+def gate_verdicts(summary: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What the gates before and after training said; None for one that was not reached."""
+    post_gate = summary["post_gate"] or {}
+    return summary["pre_gate"]["verdict"], post_gate.get("verdict")
+
+
+def conclusion(summaries: Mapping[str, dict[str, Any]], folder: Path, picture: Path) -> str:
+    """What just happened, in words: each task's verdicts and what they mean, and where to read on."""
+    lines = []
+    as_expected = []
+    for task, summary in summaries.items():
+        verdicts = gate_verdicts(summary)
+        before, after = verdicts
+        as_expected.append(verdicts == EXPECTED[task])
+        told = "as it should be"
+        if verdicts != EXPECTED[task]:
+            told = "expected were {} and {}".format(*EXPECTED[task])
+        lines.append(f"- {task} ({TITLES[task]}): {before} before training, {after or 'no gate'} after it, {told}. "
+                     f"{MEANINGS[after]}")
+
+    head = "Both tasks went as they should:"
+    if not all(as_expected):
+        head = f"{as_expected.count(False)} of {len(as_expected)} tasks did not go as they should:"
+    places = f"Both runs are in {folder}, the picture is {picture}. `python -m loop.demo {folder}` says all this again."
+    return "\n".join([head, *lines, places])
 
 
 # ---- the table
@@ -226,5 +303,14 @@ def text_plot(task: str, lines: Curves, width: int = 60, height: int = 12) -> st
     return "\n".join([task, *drawn, "+" + "-" * width, *notes])
 
 
+def main(folder: str = "runs/demo") -> int:
+    """Print a finished demo's report again; returns the exit status."""
+    try:
+        return report(Path(folder))
+    except ValueError as error:
+        print(f"loop.demo: {folder} is not a finished demo: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(report(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")))
+    sys.exit(main(*sys.argv[1:2]))

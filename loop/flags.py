@@ -26,6 +26,8 @@ class TrainingFlags:
     # Asking
     max_new_tokens: int = flag(16, "longest answer, in tokens", low=1)
     verdict_tokens: int = flag(16, "longest verdict, in tokens", low=1)
+    max_prompt_tokens: int | None = flag(None, "longest prompt in tokens (default: what models have room for)", low=1)
+    skip_long: bool = flag(False, "leave out items with longer prompts, instead of stopping at the first")
     sample_batch: int = flag(64, "prompts that are sampled together", low=1)
     min_pixels: int | None = flag(None, "enlarge smaller pictures to this area (default: the model's own)", low=1)
     max_pixels: int | None = flag(None, "shrink larger pictures to this area: less memory", low=1)

@@ -1,6 +1,6 @@
 """What judge.py asks its model: to judge pairs, to put errors into responses, and how likely its own words are.
 
-Letters: B completions, T tokens of a row, C tokens of the longest completion, H hidden size.
+Letters: B completions.
 """
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from dpo import sequence_logps
 from loop.alter import KINDS, alter_chat
 from loop.judgments import BothOrders, judge_pairs
+from loop.optimise import row_logps
 from loop.run import Run
 from loop.synthetic_pairs import SyntheticPair, altered_pair
 from model import Completion, generate
@@ -87,6 +87,4 @@ def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence
     """Summed log-probability (B,) of B completions, each given its chat; the prompt's tokens do not count."""
     examples = list(zip(chats, completions, strict=True))
     rows = pack_completions(vlm.processor, examples).to(vlm.device)
-    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))                        # (B, T, H)
-    predictors = rows.predictors(hidden)                                                   # (B, C, H)
-    return sequence_logps(predictors, vlm.head_weight, rows.targets, rows.mask)
+    return row_logps(vlm, rows)

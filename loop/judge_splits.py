@@ -7,17 +7,19 @@ from dataclasses import replace
 
 from eval import load_task
 from loop.flags import TrainingFlags
+from loop.lengths import fitting, verifier_uses
 from tasks import Item
 from tasks.rewardbench import Comparison
 from tasks.splits import Splits, split_items
 
 
-def load_judge_splits(cfg: TrainingFlags, tasks: Sequence[str], train_items: int, held_out_items: int,
+def load_judge_splits(cfg: TrainingFlags, tasks: Sequence[str], judge: str, train_items: int, held_out_items: int,
                       keep_answers: bool) -> tuple[Splits, bool]:
     """Training and held-out questions of `tasks`, and whether the answers of the held-out ones are known.
 
-    At most `train_items` questions are drawn to be trained on, of --train-split where there is one. They lose their
-    answers; with `keep_answers` those that have one keep it, and the others are left out.
+    All of them fit into the prompts of the model `judge` (see lengths.py). At most `train_items` questions are drawn to
+    be trained on, of --train-split where there is one. They lose their answers; with `keep_answers` those that have one
+    keep it, and the others are left out.
     """
     items = []
     for task in tasks:
@@ -26,6 +28,11 @@ def load_judge_splits(cfg: TrainingFlags, tasks: Sequence[str], train_items: int
     if cfg.train_split:
         train = load_task(cfg.task, cfg.data, cfg.train_split)
     check_questions(cfg, items, train or [])
+
+    uses = verifier_uses(judge, cfg, "pairwise")
+    items = fitting(items, uses, cfg.skip_long)
+    if train is not None:
+        train = fitting(train, uses, cfg.skip_long)
 
     # split_items holds back items that have an answer: where none is known, each gets one for as long as it takes.
     answers_known = any(item.answer is not None for item in items)

@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 
 from loop.flags import TrainingFlags
-from model import FAMILIES, VLM
-from model.checkpoint import read_settings
+from model import FAMILIES, VLM, family_of
+from model.checkpoint import read_settings, resolve_folder
+from model.fields import text_settings
 from model.processor import Processor
 from model.vlm import FeatureCache
 
@@ -44,6 +45,20 @@ def limit_pixels(processor: Processor, min_pixels: int | None, max_pixels: int |
     """
     if min_pixels or max_pixels:
         processor.limit_pixels(min_pixels or None, max_pixels or None)
+
+
+def processor_alone(name: str, min_pixels: int | None = None, max_pixels: int | None = None
+                    ) -> tuple[Processor, int | None]:
+    """The processor of a model whose weights are not read, and the model's positions, None where its files say none."""
+    folder = resolve_folder(name)
+    config = read_settings(folder, "config.json")
+    processor = family_of(config).make_processor(folder, config)
+    limit_pixels(processor, min_pixels, max_pixels)
+
+    positions = text_settings(config).get("max_position_embeddings")
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise ValueError(f"{config.source}: max_position_embeddings is {positions!r:.80}, not a positive integer")
+    return processor, positions
 
 
 def check_pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> None:

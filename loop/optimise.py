@@ -1,6 +1,8 @@
 """What is trained, and one optimiser step: AdamW over a batch that ranks share and micro-batches cut.
 
 What is trained on (preference pairs, a judge's judgments) is the caller's: it hands in the loss of a part of a batch.
+
+Letters: B rows, S completions in them, T tokens of a row, C tokens of the longest completion, H hidden size.
 """
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dpo import sequence_logps
 from loop.flags import TrainingFlags, check_trainable
 from loop.loading import activation_dtype, limit_pixels
 from loop.ranks import NonFinite
@@ -20,6 +23,7 @@ from loop.run import Run
 from model import load_vlm
 from model.layers import Block
 from model.lora import adapters, adapters_off, add_adapters
+from model.pairs import CompletionRows
 from model.vlm import VLM, FeatureCache
 
 T = TypeVar("T")
@@ -104,6 +108,15 @@ def reference_model(vlm: VLM) -> Iterator[VLM]:
     copy.feature_cache = vlm.feature_cache              # the same tower; None where the tower is trained
     copy.processor = vlm.processor                      # with its pixel limits, and what it knows of pictures
     yield copy
+
+
+# ---- log-probabilities, with gradient
+
+def row_logps(vlm: VLM, rows: CompletionRows) -> Tensor:
+    """log pi(y|x), (S,), of the S completions in packed rows: sums over their tokens in nats, fp32."""
+    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))             # (B, T, H)
+    predictors = rows.predictors(hidden)                                        # (S, C, H)
+    return sequence_logps(predictors, vlm.head_weight, rows.targets, rows.mask)
 
 
 # ---- the optimiser

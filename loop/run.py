@@ -2,7 +2,8 @@
 
     runs/NAME/  config.json  metrics.jsonl  summary.json  pairs/round-1.jsonl  checkpoints/step-000020-001/  deploy/
 
-Only rank 0 writes. Every file that others read appears whole or not at all; metrics.jsonl grows by whole lines.
+Only rank 0 writes. Every file that others read appears whole or not at all; metrics.jsonl grows by whole lines. One
+process at a time works on a run: it holds the lock of the folder's file .lock.
 """
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import os
 import pickle
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,12 +21,14 @@ import torch
 
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks, first_line
+from loop.run_files import LOCK, METRICS, SUMMARY, check_checkpoints, cut_metrics, outcome, remove_leftovers
 from model import save_vlm
 from model.checkpoint import read_settings, whole_folder
 from model.sampler import Completion, generate
 from model.vlm import VLM
 from tasks import Item
 from tasks.jsonl import write_whole
+from tasks.lock import Lock, take_lock
 
 C = TypeVar("C", bound=TrainingFlags)                   # the program's own Config
 NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
@@ -47,11 +50,37 @@ class Run(Generic[C]):
         self.ranks = ranks
         self.folder = Path(cfg.out)
         self.checkpoints = self.folder / "checkpoints"
+        self.lock: Lock | None = None                   # rank 0's, for as long as this object lives
 
         if not cfg.resume:
             self._refuse(self.folder.exists())
-        elif not (self.folder / "config.json").is_file():
+        else:
+            self._reopen()
+
+    def _reopen(self) -> None:
+        """Take the folder of a run that is resumed. ValueError if it is none, is in use, or has lost its checkpoints.
+
+        Everything that can be known before a model is loaded is checked here, and nothing is changed.
+        """
+        if not (self.folder / "config.json").is_file():
             raise ValueError(f"cannot resume: {self.folder} is not a run, it holds no config.json")
+        first_or_none(self.ranks, self._take_lock)
+
+        flags = self._flags()
+        flags.pop("dtype", None)                        # start() compares what it came to
+        before = dict(read_settings(self.folder, "config.json"))
+        check_same({name: before.get(name) for name in flags}, flags)
+        check_checkpoints(self.folder)
+
+    def _take_lock(self) -> None:
+        self.lock = take_lock(self.folder / LOCK, self.folder)
+
+    def _flags(self) -> dict[str, Any]:
+        """The flags that a resumed run must have again."""
+        flags = asdict(self.cfg)
+        for name in NOT_COMPARED:
+            del flags[name]
+        return flags
 
     def start(self, **identities: str) -> None:
         """Make the folder with its config.json: the flags, and the `identities` of models. On --resume compare them.
@@ -59,10 +88,7 @@ class Run(Generic[C]):
         Raises ValueError that names the first field in which a resumed run differs; FileExistsError if another run has
         made the folder in the meantime.
         """
-        settings = asdict(self.cfg)
-        for name in NOT_COMPARED:
-            del settings[name]
-        settings |= identities
+        settings = self._flags() | identities
 
         taken = False
         if self.cfg.resume:
@@ -72,7 +98,11 @@ class Run(Generic[C]):
                 with whole_folder(self.folder, replace=False) as folder:
                     (folder / "checkpoints").mkdir()
                     write_json(folder / "config.json", settings)
+                    # Locked before it has its name: from then on a run with --resume could take it.
+                    self.lock = take_lock(folder / LOCK, self.folder)
+                self.lock.path = self.folder.absolute() / LOCK
             except FileExistsError:
+                self.lock = None
                 taken = True
         self._refuse(taken)
 
@@ -80,6 +110,19 @@ class Run(Generic[C]):
         """FileExistsError on every rank if the folder is `taken` on one."""
         if self.ranks.any(taken):
             raise FileExistsError(f"{self.folder} exists; continue it with --resume, or choose another --out")
+
+    # ---- a run that has ended
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether this is a run that is resumed after its end: its summary.json is there, which is written last."""
+        return self.cfg.resume and (self.folder / SUMMARY).exists()
+
+    def end_again(self) -> int:
+        """Say in one line how the run ended; returns the exit status that it ended with. Nothing is changed."""
+        words, status = outcome(self.folder / SUMMARY)
+        self.say(f"{self.folder} is finished: {words}")
+        return status
 
     # ---- telling
 
@@ -97,7 +140,7 @@ class Run(Generic[C]):
     def log(self, row: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and print one line for people."""
         if self.ranks.first:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
         parts = ["step {:4d}".format(row["step"])]
@@ -144,7 +187,7 @@ class Run(Generic[C]):
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint's state, None if there is none.
 
-        Leftovers of an interrupted write are removed, and metrics.jsonl is cut back to the checkpoint's step. Raises
+        What an interrupted write has left is removed, and metrics.jsonl is cut back to the checkpoint's step. Raises
         ValueError that names a damaged file, and says how to go on from an older checkpoint if there is one.
         """
         by_age = sorted(self.checkpoints.glob("step-*"))
@@ -160,24 +203,9 @@ class Run(Generic[C]):
         self.ranks.barrier()
 
         if self.ranks.first:
-            for leftover in [*self.checkpoints.glob(".step-*"), *self.folder.glob(".candidate.*")]:
-                shutil.rmtree(leftover)
-            self._cut_metrics(state["step"] if state else -1)
+            cut_metrics(self.folder / METRICS, state["step"] if state else -1)
+            remove_leftovers(self.folder)
         return state
-
-    def _cut_metrics(self, step: int) -> None:
-        """Drop what metrics.jsonl holds of later steps, and half a line that a killed run may have left."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            return
-        lines = []
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-            try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    lines.append(line.decode())
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}, line {number} holds no step: {line!r:.80}") from None
-        write_whole(path, "".join(lines))
 
     def save_candidate(self, vlm: VLM) -> Path:
         """Save a model as it would be deployed, in the dtype of the files it came from; returns its folder."""
@@ -188,14 +216,34 @@ class Run(Generic[C]):
         return candidate
 
     def deploy_or_discard(self, candidate: Path, keep: bool) -> None:
-        """Turn the candidate's folder into deploy/, or remove it; an older deploy/ goes either way."""
+        """Turn the candidate's folder into deploy/, or remove it; an older deploy/ goes either way.
+
+        At any moment deploy/ is whole or absent. A resumed run repeats what a killed one did not finish.
+        """
         self.ranks.barrier()
         if self.ranks.first:
-            shutil.rmtree(self.folder / "deploy", ignore_errors=True)
+            deploy = self.folder / "deploy"
+            older = self.folder / ".deploy.old"
+            if deploy.exists():
+                os.replace(deploy, older)
             if keep:
-                os.replace(candidate, self.folder / "deploy")
-            else:
-                shutil.rmtree(candidate)
+                os.replace(candidate, deploy)
+            for folder in (older, candidate):
+                if folder.exists():
+                    shutil.rmtree(folder)
+
+
+def first_or_none(ranks: Ranks, work: Callable[[], None]) -> None:
+    """work() on rank 0. What it refuses with a ValueError is refused on every rank, so that all end alike."""
+    refusal = None
+    if ranks.first:
+        try:
+            work()
+        except ValueError as error:
+            refusal = str(error)
+    [refusal, *_] = ranks.gather(refusal)
+    if refusal is not None:
+        raise ValueError(refusal)
 
 
 def write_json(path: Path, value: Any) -> None:

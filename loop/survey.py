@@ -9,7 +9,8 @@ from typing import Any
 
 from eval import load_task
 from eval import score as exact_match
-from loop.cached_model import CachedModel
+from loop.cached_model import CachedModel, CostedScore
+from loop.lengths import TOO_LONG, answer_uses, fitting, verifier_uses, with_unasked
 from loop.survey_flags import SurveyConfig
 from replay import Record, gather_records
 from tasks import Item
@@ -17,8 +18,9 @@ from tasks.jsonl import check_replaceable
 from tasks.splits import shared_pictures
 
 Report = dict[str, Any]
-# (records, number of parameters) by verifier -> what is recommended, the report on each
-Judge = Callable[[dict[str, list[Record]], Mapping[str, int] | None], tuple[Report, dict[str, Report]]]
+# (records by verifier, what else is known of each) -> what is recommended, the report on each
+Judge = Callable[[dict[str, list[Record]], Mapping[str, Report] | None], tuple[Report, dict[str, Report]]]
+UNSCORED = CostedScore(None, "")                        # in place of a verdict that was never asked for
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Surveyed:
     """What a verifier said of the student's candidates: a record each, with what both models answered themselves."""
     records: list[Record]
     parameters: int                                     # of the verifier
+    too_long: int                                       # items that the student or the verifier has no room for
 
 
 def survey(cfg: SurveyConfig, cache: Path, fresh: bool = False) -> dict[str, Surveyed]:
@@ -33,26 +36,33 @@ def survey(cfg: SurveyConfig, cache: Path, fresh: bool = False) -> dict[str, Sur
 
     All models are found before one is asked, and one at a time is in memory. `cache` is the folder of what they
     answered before. With `fresh` as many other items are asked about; where there are fewer, nothing is asked.
-    ValueError where no item has an answer, or a model is not there.
+    ValueError where no item has an answer, where a model is not there, and where an item is too long for one; with
+    cfg.skip_long such an item has empty answers and no scores.
     """
     items = survey_items(cfg, fresh)
     if not items:
         return {}
+    asked = fitting(items, answer_uses(cfg.student, cfg), cfg.skip_long)
+    judged = {}                                         # what each verifier is asked about
+    for name in cfg.verifier:
+        judged[name] = fitting(asked, verifier_uses(name, cfg, cfg.verdict), cfg.skip_long)
     student = CachedModel(cfg.student, cfg, cache)
     verifiers = [CachedModel(name, cfg, cache) for name in cfg.verifier]
 
-    greedy = student.greedy(items)
-    samples = student.samples(items)
+    greedy = with_unasked(items, asked, student.greedy(asked), TOO_LONG)
+    samples = with_unasked(items, asked, student.samples(asked), [TOO_LONG] * cfg.k)
     student.forget()
-    texts = []
-    for completions in samples:
-        texts.append([completion.text for completion in completions])
+    texts = {}
+    for item, completions in zip(items, samples, strict=True):
+        texts[item.id] = [completion.text for completion in completions]
 
     group = shared_pictures(items)
     surveyed = {}
     for verifier in verifiers:
-        own = verifier.greedy(items)
-        scores, parameters = verifier.judge(items, texts)
+        part = judged[verifier.name]
+        own = with_unasked(items, part, verifier.greedy(part), TOO_LONG)
+        scores, parameters = verifier.judge(part, [texts[item.id] for item in part])
+        scores = with_unasked(items, part, scores, [UNSCORED] * cfg.k)
         verifier.forget()
         records = gather_records(
             items,
@@ -63,7 +73,7 @@ def survey(cfg: SurveyConfig, cache: Path, fresh: bool = False) -> dict[str, Sur
             correct=exact_match,
             group=lambda item: group.get(item.id),
         )
-        surveyed[verifier.name] = Surveyed(records, parameters)
+        surveyed[verifier.name] = Surveyed(records, parameters, too_long=len(items) - len(part))
     return surveyed
 
 
@@ -75,9 +85,11 @@ def survey_and_judge(cfg: SurveyConfig, out: Path, judge: Judge) -> tuple[Report
     """
     check_replaceable(out, {"data": cfg.data}, flag="--out")
     cache = Path(cfg.cache or out.parent / "gate_cache")
+
     surveyed = survey(cfg, cache)
-    parameters = {name: of.parameters for name, of in surveyed.items()}
-    advice, reports = judge({name: of.records for name, of in surveyed.items()}, parameters)
+    records = {name: of.records for name, of in surveyed.items()}
+    known = {name: {"parameters": of.parameters, "too_long": of.too_long} for name, of in surveyed.items()}
+    advice, reports = judge(records, known)
     winner = advice["recommended"]
     if winner is None or len(reports) == 1:
         return advice, reports

@@ -24,6 +24,8 @@ class SurveyConfig:
     max_new_tokens: int = flag(256, "longest answer", low=1)
     verdict: str = flag("json", "how the verifier scores", choices=tuple(VERDICTS))
     verdict_tokens: int = flag(64, "longest verdict", low=1)
+    max_prompt_tokens: int | None = flag(None, "longest prompt (default: what each model has room for)", low=1)
+    skip_long: bool = flag(False, "items with longer prompts are not asked about, and count as wrong")
     batch_size: int = flag(16, "prompts prefilled together, items in a file of the cache", low=1)
     seed: int = flag(0, "seed of the choice of items and of the sampling", low=0)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")

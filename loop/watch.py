@@ -34,15 +34,19 @@ def regression_warnings(run: Run, state: State, answers: Sequence[Answer], evalu
     """A warning, printed too, if the loss has fallen while watched accuracy fell significantly; else none.
 
     The test is McNemar's, paired with the frozen student and one-sided. Its level is LEVEL over the number of planned
-    `evaluations`, so that a student that does not change is warned of in at most 5 % of runs.
+    `evaluations`, so that a student that does not change is warned of in at most 5 % of runs. The first warning is
+    printed in full, those after it are counted.
     """
     right = [answer.correct for answer in answers]
     if state.loss_last >= state.loss_first or not fell_significantly(state.frozen_watched, right, LEVEL / evaluations):
         return []
 
-    warning = (f"step {state.step}: the loss fell from {state.loss_first:.3f} to {state.loss_last:.3f} "
-               f"while watched accuracy fell from {mean(state.frozen_watched):.3f} to {mean(right):.3f}")
-    run.say(f"WARNING {warning}")
+    fallen = f"watched accuracy fell from {mean(state.frozen_watched):.3f} to {mean(right):.3f}"
+    warning = f"step {state.step}: the loss fell from {state.loss_first:.3f} to {state.loss_last:.3f} while {fallen}"
+    if state.warnings:
+        run.say(f"WARNING again: {fallen} ({len(state.warnings) + 1} of {evaluations} looks)")
+    else:
+        run.say(f"WARNING {warning}")
     return [warning]
 
 

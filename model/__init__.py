@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import (
+    Settings,
     add_chat_template,
     copy_settings,
     load_weights,
@@ -41,10 +42,7 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     device = pick_device(device)
     folder = resolve_folder(path_or_hub_id)
     config = read_settings(folder, "config.json")
-    model_type = config["model_type"]
-    if model_type not in list(FAMILIES):                # a list compares by ==: in a bad file it may be unhashable
-        raise ValueError(f"{folder}/config.json: model_type {model_type!r} is not one of {sorted(FAMILIES)}")
-    family = FAMILIES[model_type]
+    family = family_of(config)
 
     with torch.device("meta"):                          # no memory is taken until the weights are read
         vlm = family(config)
@@ -53,6 +51,14 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     vlm.processor = family.make_processor(folder, config)
     vlm.stop_ids = read_stop_ids(folder)
     return vlm.eval()
+
+
+def family_of(config: Settings) -> type[VLM]:
+    """The family that config.json names as its model_type; ValueError for an unknown one."""
+    model_type = config["model_type"]
+    if model_type not in list(FAMILIES):                # a list compares by ==: in a bad file it may be unhashable
+        raise ValueError(f"{config.source}: model_type {model_type!r} is not one of {sorted(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 def read_stop_ids(folder: Path) -> frozenset[int]:

@@ -5,6 +5,7 @@ tokenizer.json, preprocessor_config.json, generation_config.json.
 """
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -185,10 +186,12 @@ def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     """Yields an empty folder, which takes the name `target` once everything in it is written and synced.
 
     An existing `target` is replaced at that moment; if the writing is interrupted it is left untouched. (A process
-    killed just between the two renames of a replacement leaves the old folder beside it as .NAME.PID.old.) With
-    `replace` False a `target` that holds anything, even one that appeared in the meantime, is a FileExistsError.
+    killed just between the two renames of a replacement leaves the old folder beside it as .NAME.PID.old; whoever
+    writes `target` next puts it back.) With `replace` False a `target` that holds anything, even one that appeared in
+    the meantime, is a FileExistsError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _settle_replacement(target)
     aside = target.with_name(f".{target.name}.{os.getpid()}.new")
     shutil.rmtree(aside, ignore_errors=True)            # left by a killed process that had our process id
     aside.mkdir()
@@ -216,6 +219,15 @@ def _replace_folder(aside: Path, target: Path) -> None:
     os.replace(target, old)
     os.replace(aside, target)
     shutil.rmtree(old)
+
+
+def _settle_replacement(target: Path) -> None:
+    """Finish a replacement in which a process was killed: remove the old folder, or put it back if no new one came."""
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, target)
 
 
 def _rename_to_new(aside: Path, target: Path) -> None:

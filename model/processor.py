@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from .batch import Batch, Row, collate
 from .checkpoint import Settings, read_settings, renamed_field
-from .images import MllamaImages, Picture, QwenImages
+from .images import MllamaImages, Picture, PictureReader, QwenImages
 
 Chat = list[dict]
 Part = int | str | Image.Image                          # a control id, a text between two of them, a picture
@@ -33,7 +33,7 @@ ENCODED_TEXTS = 65536                                   # the encodings that are
 class Processor:
     """What the families share. A family adds its `layout` and, in `make_row`, its positions."""
 
-    images: Callable[[Image.Image], Picture]            # the picture's preprocessing
+    images: PictureReader                               # the pictures' preprocessing
     image_id: int                                       # the placeholder of pictures
     pad_id: int
     never_sampled: list[int]                            # placeholders: an answer with one could not be read back
@@ -101,7 +101,30 @@ class Processor:
             raise ValueError("min_pixels and max_pixels have no effect on this model: its pictures are cut into tiles")
 
     def _encode(self, text: str) -> list[int]:
+        text.encode()                                   # half of a surrogate pair: a ValueError, not the tokenizer's
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def count_tokens(self, chat: Chat) -> int:
+        """The length of the chat's prompt. No picture is decoded or prepared: it counts by its size."""
+        return self._length(chat, lambda text: len(self.encode(text)))
+
+    def most_tokens(self, chat: Chat) -> int:
+        """An upper bound of `count_tokens` that costs next to nothing: no text is tokenized."""
+        return self._length(chat, most_text_tokens)
+
+    def _length(self, chat: Chat, text_tokens: Callable[[str], int]) -> int:
+        """Tokens of the chat's prompt, a text's as `text_tokens` has them."""
+        length = 0
+        for part in self.layout(chat, add_generation_prompt=True):
+            if isinstance(part, int):
+                length += 1
+            elif isinstance(part, str):
+                length += text_tokens(part)
+            else:
+                picture_layout = self.images.lay_out(part.height, part.width)
+                _, tokens = self.images.measure(picture_layout)
+                length += tokens
+        return length
 
     @cached_property
     def digits(self) -> list[list[int]]:
@@ -356,6 +379,14 @@ def message_parts(message: dict) -> list[str | Image.Image]:
 
 
 # ---- the tokenizer
+
+def most_text_tokens(text: str) -> int:
+    """An upper bound of a text's tokens: byte-level BPE makes at most one a byte, after a normalization (NFC) that can
+    triple the bytes of what is not ASCII."""
+    if text.isascii():
+        return len(text)
+    return 3 * len(text.encode())
+
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json of `folder`, set to encode every text whole and special tokens inside it as plain text.

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -318,16 +319,17 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it there: it is never seen half-written."""
+    """Write a file beside its place, then rename it there: it is never seen half-written.
+
+    Its name until then is nobody else's, so several processes, on several machines, may write the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def _aside(path: Path) -> Path:
-    """Where a file is written before it is renamed."""
-    return path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)                   # of a write that failed
 
 
 def check_replaceable(path: Path, inputs: Mapping[str, str | Path | None], flag: str) -> None:
@@ -337,10 +339,9 @@ def check_replaceable(path: Path, inputs: Mapping[str, str | Path | None], flag:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder, and a file is to be written there; give another name")
-    for place in (path, _aside(path)):
-        for name, read in inputs.items():
-            if read and Path(read).exists() and place.exists() and place.samefile(read):
-                raise ValueError(f"{place} is the file of --{name}, which would be replaced; give another {flag}")
+    for name, read in inputs.items():
+        if read and Path(read).exists() and path.exists() and path.samefile(read):
+            raise ValueError(f"{path} is the file of --{name}, which would be replaced; give another {flag}")
 
 
 def prompt_text(item: Item) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 import eval as ev
 import gate
+from locks import held_elsewhere
 from tasks import Item
 from tasks.jsonl import Response
 
@@ -206,7 +207,6 @@ def test_out_may_name_the_report(task, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--export", "task.jsonl"], "task.jsonl is the file of --data"),
     (["--export", "link.jsonl"], "link.jsonl is the file of --data"),
-    (["--data", "old.jsonl.tmp", "--export", "old.jsonl"], "old.jsonl.tmp is the file of --data"),
     (["--export", "folder"], "folder is a folder"),
     (["--data", "items.json", "--responses", "answers.jsonl", "--out", "items.json"], "the file of --data"),
     (["--responses", "answers.json", "--out", "answers.json"], "answers.json is the file of --responses"),
@@ -216,7 +216,7 @@ def test_out_may_name_the_report(task, tmp_path):
     (["--model", ".", "--out", "."], "config.json is the file of --model")])
 def test_what_is_read_is_not_replaced(arguments, message, task, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("items.json", "old.jsonl.tmp", "responses.jsonl", "config.json"):
+    for name in ("items.json", "responses.jsonl", "config.json"):
         (tmp_path / name).write_bytes(task.read_bytes())
     write_responses(tmp_path / "answers.jsonl", *((str(k), "0") for k in range(5)))
     (tmp_path / "answers.json").write_bytes((tmp_path / "answers.jsonl").read_bytes())
@@ -313,6 +313,7 @@ def model(monkeypatch, tmp_path):
     stub.limits = []
     processor = types.SimpleNamespace(limit_pixels=lambda *limits: stub.limits.append(limits))
     stub.vlm = types.SimpleNamespace(processor=processor)
+    monkeypatch.setattr("loop.lengths.processor_alone", lambda *_: (None, None))         # no limit to prompts is known
     monkeypatch.setattr("model.generate", lambda *asked, **how: stub.generate(*asked, **how))
     monkeypatch.setattr("model.load_vlm", lambda *asked, **how: stub.load_vlm(*asked, **how))
     return stub
@@ -353,6 +354,63 @@ def test_an_interrupted_run_asks_only_for_the_rest(task, model, tmp_path):
     assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == ["0", "1", "2", "3", "4"]
     assert run(*command) == 0 and len(model.asked) == 5
     assert json.loads((tmp_path / "o" / "report.json").read_text())["accuracy"]["value"] == 1.0
+
+
+def test_half_a_line_is_cut_off(task, model, tmp_path):
+    """The file is cut where it lies, not written again: what was answered is on the disk at every moment."""
+    command = ["--task", "jsonl", "--data", task, "--model", "m", "--out", tmp_path / "o"]
+    assert run(*command) == 0
+    file = tmp_path / "o" / "responses.jsonl"
+    whole, node = file.read_text(), file.stat().st_ino
+    for half in ('{"id": "4", "resp', "{"):
+        file.write_text(whole + half)
+        assert run(*command) == 0
+        assert file.read_text() == whole and file.stat().st_ino == node
+    assert len(model.asked) == 5
+
+
+@pytest.mark.parametrize("out, lock", [("o", "o/.lock"), ("o/x.json", "o/.x.lock"), (None, "runs/eval/*/.lock")])
+def test_one_process_asks_for_one_report(task, model, tmp_path, capsys, out, lock):
+    """A second one is refused before it reads a response or loads a model; the lock leaves with the first."""
+    command = ["--task", "jsonl", "--data", task, "--model", "m", *(["--out", tmp_path / out] if out else [])]
+    assert run(*command) == 0
+    [folder] = tmp_path.glob(lock.rpartition("/")[0])
+    [file] = folder.glob("*responses.jsonl")
+    file.write_text(file.read_text()[:-9])
+    del model.asked[:], model.loaded[:]
+
+    lock = folder / Path(lock).name
+    with held_elsewhere(lock):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert run(*command) == 2
+        assert "is in use by process 71 on node-3; wait for its end" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not model.loaded and run(*command) == 0
+    assert len(model.asked) == 1 and len(file.read_text().splitlines()) == 5 and not lock.exists()
+
+
+def test_a_model_that_is_not_there_leaves_nothing(task, model, tmp_path):
+    def load_vlm(*_, **__):
+        raise ValueError("nowhere is neither a folder nor a hub id")
+    model.load_vlm = load_vlm
+    before = sorted(tmp_path.rglob("*"))
+    for out in ([], ["--out", tmp_path / "a" / "b"]):
+        assert run("--task", "jsonl", "--data", task, "--model", "nowhere", *out) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text, told", [
+    ("{", "is not JSON"), ("", "is not JSON"), ("[1]", "does not hold a JSON object"), ("\xff", "is not JSON"),
+    ("[" * 100_000, "is not JSON")], ids=["half", "empty", "list", "bytes", "deep"])
+def test_damaged_settings_of_an_earlier_run(task, model, tmp_path, capsys, text, told):
+    command = ["--task", "jsonl", "--data", task, "--model", "m", "--out", tmp_path / "o"]
+    assert run(*command) == 0
+    (tmp_path / "o" / "config.json").write_bytes(text.encode("latin-1"))
+    before = (tmp_path / "o" / "responses.jsonl").read_bytes()
+    assert run(*command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'o' / 'config.json'} {told}" in error and len(error) < 600
+    assert (tmp_path / "o" / "responses.jsonl").read_bytes() == before
 
 
 def test_a_smaller_run_loses_nothing(task, model, tmp_path):

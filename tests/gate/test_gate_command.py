@@ -252,7 +252,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture) -> None:
     words = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for flag in [*fields(gate.Config), *fields(SurveyConfig)]:
-        assert f"--{flag.name.replace('_', '-')} " in words and flag.metadata.get("help", "") in words
+        assert f"--{flag.name.replace('_', '-')}" in words and flag.metadata.get("help", "") in words
     assert "(default 200)" in words and "(default 0)" in words and "{ours,paper}" in words
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,21 @@ def test_resume_repeats_the_run(whole: Path, tmp_path: Path, monkeypatch: pytest
     with Ranks("cpu") as ranks:
         judge.main(config(out, resume=True), ranks)
     assert files(out) == files(whole)
+
+
+def test_a_finished_run_stays_as_it_is(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture) -> None:
+    """Resumed, it says how it ended, loads nothing and ends so again; without its checkpoints it is refused."""
+    shutil.copytree(whole, tmp_path / "run")
+    deployed = json.loads((whole / "summary.json").read_text())["deployed"]
+    monkeypatch.setattr(judge, "load_trainable", None)
+    with Ranks("cpu") as ranks:
+        assert judge.main(config(tmp_path / "run", resume=True), ranks) == (0 if deployed else 3)
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'run'} is finished: ")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with Ranks("cpu") as ranks, pytest.raises(ValueError, match="holds no checkpoint, although metrics.jsonl is at"):
+        judge.main(config(tmp_path / "run", resume=True), ranks)
+    assert files(tmp_path / "run") == files(whole)
 
 
 def test_no_answer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

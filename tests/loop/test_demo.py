@@ -1,9 +1,11 @@
 """The demo on a small scale, by its command; its table and its picture, from made figures too."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import pytest
 
 import judge
 import train
+from locks import held_elsewhere
 from loop import demo
+from loop.ranks import Ranks, exit_status
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ["task", "frozen baseline", "agreement", "(candidates)", "own answers", "(student)", "published rule",
@@ -116,22 +120,22 @@ def test_existing_folder(words: list[str], tmp_path: Path, monkeypatch: pytest.M
 def test_run_asks_main_for_both_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It replaces runs/demo, where it was not told another folder, and forces the second task alone."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
-    (tmp_path / "runs" / "demo" / "old").write_text("old")
+    write(tmp_path / "runs" / "demo", demo.EXPECTED)
+    (tmp_path / "runs" / "demo" / "demo.txt").write_text("old")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     asked = []
 
     def main(cfg: train.Config, ranks: Any) -> int:
         asked.append((cfg.task, cfg.force, cfg.out, cfg.seed))
         write(Path(cfg.out).parent, {cfg.task: demo.EXPECTED[cfg.task]})
         return 0
-    ranks = type("Ranks", (), {"first": True, "any": lambda self, flag: flag, "barrier": lambda self: None})()
-    assert demo.run(main, train.Config(seed=7), ranks) == 0
+    assert demo.run(main, train.Config(seed=7), Ranks("cpu")) == 0
     assert asked == [("bar", False, "runs/demo/bar", 7), ("red", True, "runs/demo/red", 7)]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["demo"]
-    assert not (tmp_path / "runs" / "demo" / "old").exists()
+    assert (tmp_path / "runs" / "demo" / "demo.txt").read_text() != "old"
 
 
-@pytest.mark.parametrize("script, folder", [("train", "demo"), ("judge", "demo/judge")])
+@pytest.mark.parametrize("script, folder", [("train", "demo/bar"), ("judge", "judge-demo")])
 def test_a_demo_that_cannot_start_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str,
                                                          folder: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -139,8 +143,121 @@ def test_a_demo_that_cannot_start_leaves_the_earlier_one(tmp_path: Path, monkeyp
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
     monkeypatch.setattr("sys.argv", [f"{script}.py", "--student" if script == "train" else "--verifier", "nope"])
-    assert (train.cli() if script == "train" else judge.cli()) == 1
-    assert kept.read_text() == "mine" and [path.name for path in kept.parent.parent.iterdir()] == [kept.parent.name]
+    assert (train.cli() if script == "train" else judge.cli()) != 0
+    assert kept.read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
+    shutil.rmtree("runs")
+    assert (train.cli() if script == "train" else judge.cli()) != 0 and not list(tmp_path.iterdir())
+
+
+# ---- an earlier demo
+
+RUNS = ("bar", "red")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished demo, named by its picture."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/demo")
+    write(folder, demo.EXPECTED)
+    (folder / "demo.txt").write_text("earlier")
+    return folder
+
+
+def named(folder: Path) -> str:
+    """Which demo lies there; nothing else lies beside it."""
+    assert [path.name for path in folder.parent.iterdir()] == ["demo"]
+    return (folder / "demo.txt").read_text()
+
+
+def make_new(folder: Path, runs: tuple[str, ...] = RUNS) -> None:
+    """A new demo as far as it came: its finished runs and, at the end, its picture."""
+    write(folder, {task: demo.EXPECTED[task] for task in runs})
+    if runs == RUNS:
+        (folder / "demo.txt").write_text("new")
+
+
+def test_a_new_demo_takes_the_place(folder: Path) -> None:
+    with demo.replaced(folder, RUNS, Ranks("cpu")):
+        assert not folder.exists()
+        make_new(folder)
+    assert named(folder) == "new"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("runs", [(), ("bar",)])
+def test_a_demo_that_fails_costs_nobody_the_earlier_one(folder: Path, error: type[BaseException], runs: tuple) -> None:
+    with pytest.raises(error), demo.replaced(folder, RUNS, Ranks("cpu")):
+        make_new(folder, runs)
+        raise error
+    assert named(folder) == "earlier"
+
+
+@pytest.mark.parametrize("runs", [(), ("bar",), RUNS], ids=str)
+@pytest.mark.parametrize("moment", ["at work", "in a rename", "in a removal"])
+def test_a_demo_that_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str, runs: tuple) -> None:
+    """Whatever it left, the next start finds the earlier demo, or the new one if it was finished; so does the one after
+    that, which is killed while it tidies up."""
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+    before = folder.with_name(".demo.before")
+    folder.rename(before)                               # what a killed one leaves: no cleaning up
+    if runs:
+        make_new(folder, runs)
+    (folder.parent / ".demo.lock").write_text("71 node-3")
+    if moment != "at work":
+        with monkeypatch.context() as patch:
+            patch.setattr(*(("os.replace", killed) if moment == "in a rename" else ("shutil.rmtree", killed)))
+            with contextlib.suppress(Killed):
+                demo.settle(folder, before, RUNS)
+    with pytest.raises(KeyError), demo.replaced(folder, RUNS, Ranks("cpu")):
+        raise KeyError
+    assert named(folder) == ("new" if runs == RUNS else "earlier")
+
+
+@pytest.mark.parametrize("name", [
+    "notes.txt", "bar/notes.txt", "bar/deploy/notes", "judge/config.json", "red2/config.json", "bar/eval/report.json",
+    "red/checkpoints/mine/state.pt", ".hidden"])
+def test_what_no_demo_has_made_is_not_removed(folder: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    before = sorted(folder.parent.rglob("*"))
+    assert exit_status("train.py", lambda ranks: demo.run(None, train.Config(), ranks), "cpu") != 0
+    assert f"train.py: runs/demo holds {name}, which the demo did not make" in capsys.readouterr().err
+    assert sorted(folder.parent.rglob("*")) == before and (folder / name).read_text() == "mine"
+
+
+def test_what_a_demo_makes_is_known(folder: Path) -> None:
+    """Every file of a run, those of a killed one too."""
+    files = ["bar/pairs/round-1.jsonl", "bar/gate_records.jsonl", "red/held_out.jsonl", "red/trained_on.jsonl",
+             "bar/.lock", "bar/checkpoints/step-000001-001/state.pt", "red/checkpoints/.step-000001-001.7.new/state.pt",
+             "bar/deploy/model.safetensors", "bar/deploy/chat_template.jinja", "bar/deploy/config.json", "demo.png",
+             "red/.candidate.7.new/model.safetensors", ".red.7.new/config.json", "red/summary.json.12ab.tmp"]
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    demo.check_demo(folder, RUNS)
+
+
+@pytest.mark.parametrize("name", [".demo.lock", "demo/red/.lock"])
+def test_another_process_is_at_it(folder: Path, name: str) -> None:
+    """Another demo, or one of its runs that is resumed by itself."""
+    with held_elsewhere(folder.parent / name), pytest.raises(ValueError, match="is in use by process 71 on node-3"):
+        demo.run(None, train.Config(), Ranks("cpu"))
+    (folder.parent / name).unlink()
+    assert named(folder) == "earlier"
+
+
+def test_a_link_in_its_place(folder: Path) -> None:
+    folder.rename("elsewhere")
+    folder.symlink_to(Path("elsewhere").absolute())
+    with pytest.raises(ValueError, match="runs/demo is not a folder"):
+        demo.run(None, train.Config(), Ranks("cpu"))
+    assert folder.is_symlink() and Path("elsewhere/demo.txt").exists()
 
 
 # ---- the report
@@ -157,6 +274,22 @@ def test_report_says_whether_it_went_as_expected(outcome: dict[str, tuple[str, s
     assert demo.report(tmp_path) == status
     shown = capsys.readouterr().out
     assert "picture: " in shown and all(name in shown for name in COLUMNS)
+    head, *tasks, where = shown.splitlines()[-4:]
+    wrong = sum(outcome[task] != demo.EXPECTED[task] for task in outcome)
+    assert head.startswith(f"{wrong} of 2 tasks did not" if wrong else "Both tasks went as they should")
+    for line, (task, (before, after)) in zip(tasks, outcome.items()):
+        assert line.startswith(f"- {task} ({demo.TITLES[task]}): {before} before training, ")
+        assert f", {after or 'no gate'} after it, " in line
+        assert demo.MEANINGS[after] in line and ("as it should be" in line) == (
+            (before, after) == demo.EXPECTED[task])
+    assert f"Both runs are in {tmp_path}, the picture is {tmp_path}/demo." in where
+
+
+def test_report_of_what_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path, {"bar": ("PASS", "PROMOTE")})
+    assert demo.main(str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error == f"loop.demo: {tmp_path} is not a finished demo: {tmp_path / 'red'} holds no summary.json\n"
 
 
 def test_report_without_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

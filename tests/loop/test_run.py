@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +14,7 @@ import torch
 from loop.ranks import Interrupted, LostRank, Ranks, exit_status
 from loop.run import Run, check_same, write_json
 from model.checkpoint import folder_digest, whole_folder
-
-
-@dataclass(frozen=True)
-class Flags:
-    out: str
-    lr: float = 0.1
-    keep: int = 2
-    resume: bool = False
-    device: str = "cpu"
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    """One process; the signal handler of before is put back."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield Ranks("cpu")
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def run(tmp_path: Path, ranks: Ranks) -> Run:
-    """A run that was started."""
-    found = Run(Flags(str(tmp_path / "run")), ranks)
-    found.start(reference="abc")
-    return found
-
-
-def resumed(run: Run, **flags: Any) -> Run:
-    return Run(Flags(**{"out": str(run.folder), "resume": True} | flags), run.ranks)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
+from run_folder import Flags, names, resumed
 
 # ---- processes
 
@@ -224,7 +189,7 @@ def test_write_json_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 
 def test_start_writes_what_the_run_depends_on(run: Run) -> None:
     assert json.loads((run.folder / "config.json").read_text()) == {"lr": 0.1, "keep": 2, "reference": "abc"}
-    assert names(run.folder) == ["checkpoints", "config.json"]
+    assert names(run.folder) == [".lock", "checkpoints", "config.json"]
 
 
 def test_folders_that_are_no_runs(run: Run, tmp_path: Path, ranks: Ranks) -> None:
@@ -346,12 +311,14 @@ def test_load_removes_what_a_killed_write_left(run: Run) -> None:
 
 
 def test_load_removes_what_a_killed_candidate_left(run: Run) -> None:
-    """Of the folder of weights that the gate after training asks: nothing else would ever remove it."""
-    left = run.folder / ".candidate.77.new"
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half")
+    """Of the folder of weights that the gate after training asks, of an older deploy/, of a file that was written."""
+    for name in (".candidate.77.new", ".candidate.77.old", ".deploy.old"):
+        left = run.folder / name
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"half")
+    (run.folder / "summary.json.12ab.tmp").write_text("{")
     resumed(run).load()
-    assert names(run.folder) == ["checkpoints", "config.json"]
+    assert names(run.folder) == [".lock", "checkpoints", "config.json"]
 
 
 def test_a_leftover_of_the_same_process_number(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from PIL import Image
 
 import gate
 from eval import load_task
-from loop import asking, cached_model, loading, survey
+from locks import held_elsewhere
+from loop import asking, cached_model, lengths, loading, survey
 from loop.survey import draw_items
 from loop.survey_flags import SurveyConfig
 from model import generate, load_vlm, next_digits
@@ -76,6 +77,7 @@ class World:
             return real_chat(item)
         patch.setattr(Item, "chat", chat)
         patch.setattr(survey, "load_task", lambda *_: self.items)
+        patch.setattr(lengths, "processor_alone", self.processor_alone)
         patch.setattr(cached_model, "load_vlm", self.load)
         patch.setattr(cached_model, "generate", self.generate)
         patch.setattr(asking, "generate", self.generate)
@@ -85,6 +87,11 @@ class World:
         """Another model under the same name."""
         (self.folder / name).mkdir(exist_ok=True)
         (self.folder / name / "config.json").write_text(content)
+
+    def processor_alone(self, name: str, *_: Any) -> tuple[None, None]:
+        """Stands in for what reads a model's positions: there is no limit to prompts."""
+        cached_model.resolve_folder(name)
+        return None, None
 
     def load(self, folder: Path, *_: Any) -> SimpleNamespace:
         """Stands in for load_vlm."""
@@ -398,9 +405,22 @@ def test_a_cache_elsewhere(world: World, capsys: pytest.CaptureFixture) -> None:
     world.ask("right", cache=world.folder / "kept" / "here")
     assert len(list((world.folder / "kept" / "here").iterdir())) == 12 and not (world.folder / "gate_cache").exists()
     (world.folder / "file").write_text("mine")
-    assert world.ask("right", cache=world.folder / "file") == 1
+    assert world.ask("right", cache=world.folder / "file") == 2
     assert not world.calls and capsys.readouterr().err.splitlines()[-1].startswith("gate.py: ")
     assert (world.folder / "file").read_text() == "mine"
+
+
+def test_one_process_makes_a_report(world: World, capsys: pytest.CaptureFixture) -> None:
+    """A second one for the same report is refused before it asks; one for another report shares the cache."""
+    lock = world.out.with_name(world.out.name + ".lock")
+    with held_elsewhere(lock):
+        assert world.ask("right") != 0
+        error = capsys.readouterr().err
+        assert f"{world.out} is in use by process 71 on node-3; wait for its end" in error and error.count("\n") == 1
+        assert not world.calls and not (world.folder / "gate_cache").exists()
+        assert world.ask("right", out=world.folder / "other.json") == 0
+    assert world.ask("right") == 0 and not world.calls
+    assert not lock.exists() and not (world.folder / "other.json.lock").exists()
 
 
 # ---- the shipped tiny models

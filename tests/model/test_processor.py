@@ -426,3 +426,10 @@ def test_published_vocabulary(published: tuple[str, Processor]) -> None:
     assert processor.vocabulary == vocabularies[family]
     assert processor.pad_id == pad_ids[family]
     assert processor.never_sampled == ([128256] if family == "mllama" else qwen_placeholders)
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    """JSON can hold one; no tokenizer can encode it."""
+    processor = tiny_processor("qwen3_vl", tmp_path)
+    with pytest.raises(ValueError, match="chat 1: 'utf-8' codec can't encode"):
+        processor([chat("fine"), chat("a\ud800")])

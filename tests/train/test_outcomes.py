@@ -33,6 +33,33 @@ def test_nothing_trained_is_rejected(tmp_path: Path) -> None:
     assert not any((out / name).exists() for name in ("deploy", "candidate"))
 
 
+def test_block_stays_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A run that the gate before training stopped has no checkpoint, and is finished all the same."""
+    out = tmp_path / "run"
+    assert start(config(out, task="red", force=False)) == 3
+    before = tree(out)
+    monkeypatch.setattr(train, "load_trainable", None)
+    capsys.readouterr()
+    assert start(config(out, task="red", force=False, resume=True)) == 3
+    assert tree(out) == before
+    assert capsys.readouterr().out == (
+        f"{out} is finished: the gate before training said no, so nothing was trained\n")
+
+
+def test_a_regression_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                                   ) -> None:
+    """In full the first time; counted after that. summary.json holds all of them."""
+    out = tmp_path / "run"
+    monkeypatch.setattr("loop.watch.fell_significantly", lambda before, after, alpha: True)
+    start(config(out, rounds=1, eval_every=2))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    found = summary(out)["warnings"]
+    assert len(told) == len(found) > 1 and told[0] == f"WARNING {found[0]}"
+    planned = config(out, rounds=1, eval_every=2).evaluations
+    for number, (line, warning) in enumerate(zip(told[1:], found[1:]), 2):
+        assert line == f"WARNING again: {warning.partition(' while ')[2]} ({number} of {planned} looks)"
+
+
 def test_stop_on_regression(tmp_path: Path) -> None:
     """On red, with larger steps than usual: the loss falls, the watched accuracy falls, the run stops."""
     out = tmp_path / "run"
@@ -56,6 +83,7 @@ def test_a_stopped_run_stays_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("loop.watch.fell_significantly", lambda before, after, alpha: True)
     assert start(config(out, **flags)) == 3 and summary(out)["steps"] == state(out)["step"] == 5
     before = {n: b for n, b in tree(out).items() if not n.startswith("checkpoints")}
+    (out / "summary.json").unlink()                                         # killed before it was written
     assert start(config(out, resume=True, **flags)) == 3
     assert {n: b for n, b in tree(out).items() if not n.startswith("checkpoints")} == before
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from runs import (
     state,
     steps,
     stop_at,
+    summary,
     tree,
 )
 from train import Config
@@ -67,6 +69,7 @@ def test_other_weights_resume_alike(tmp_path: Path, flags: dict[str, Any], part:
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and log[-1]["loss"] != log[0]["loss"]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / steps(tmp_path / "two")[-1])
+    (tmp_path / "two" / "summary.json").unlink()
     assert start(config(tmp_path / "two", resume=True, **flags)) == 3
     same_run(tmp_path / "one", tmp_path / "two")
 
@@ -167,11 +170,67 @@ def test_only_the_newest_are_kept(whole: Path, tmp_path: Path, monkeypatch: pyte
     same_run(whole, out)
 
 
-def test_resuming_a_finished_run_changes_nothing(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verdict, status", [("PROMOTE", 0), ("REJECT", 3)])
+def test_resuming_a_finished_run_changes_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture, verdict: str, status: int) -> None:
+    """No model is loaded; one line says how it ended, and it ends so again."""
     shutil.copytree(whole, tmp_path / "run")
+    ended = summary(whole)
+    ended["post_gate"]["verdict"] = verdict
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(ended))
     before = tree(tmp_path / "run")
-    assert start(config(tmp_path / "run", resume=True)) == 3
+    monkeypatch.setattr(train, "load_vlm", no_weights)
+    monkeypatch.setattr(train, "load_trainable", no_weights)
+    assert start(config(tmp_path / "run", resume=True)) == status
     assert tree(tmp_path / "run") == before
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 1 and f"is finished: the gate after training said {verdict}" in shown
+    with pytest.raises(ValueError, match="^cannot resume: rounds is 3 and was 2 at the start$"):
+        start(config(tmp_path / "run", resume=True, rounds=3))
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_finished_run_without_its_checkpoints(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture) -> None:
+    """It is not begun anew, which would empty its log: one sentence, nothing changes."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for name in (None, "summary.json"):
+        if name:
+            (tmp_path / "run" / name).unlink()
+        before = tree(tmp_path / "run")
+        assert command(monkeypatch, *argv(config(tmp_path / "run", resume=True))) != 0
+        assert "checkpoints holds no checkpoint, although metrics.jsonl is at step 12" in one_sentence(capsys)
+        assert tree(tmp_path / "run") == before
+
+
+WAITING = """
+import time
+real = train.load_splits
+def waiting(cfg):
+    while not os.path.exists(cfg.out + ".go"):
+        time.sleep(0.05)
+    return real(cfg)
+train.load_splits = waiting"""
+
+
+def test_two_resume_one_run(whole: Path, tmp_path: Path) -> None:
+    """Started at the same time: one goes on to the same end, the other is refused, no step is logged twice. The one
+    that has the run waits until the other has ended."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "summary.json").unlink()
+    for name in CHECKPOINTS[3:]:
+        shutil.rmtree(out / "checkpoints" / name)
+    words = ["-c", DRIVER % WAITING, *argv(config(out, resume=True))]
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(spawn, words) for _ in range(2)]
+        wait(both, return_when=FIRST_COMPLETED)
+        (tmp_path / "run.go").touch()
+    refused, winner = sorted((each.result() for each in both), key=lambda done: "is in use by" not in done.stderr)
+    assert winner.returncode == 3 and refused.returncode != 3 and "is in use by" not in winner.stderr
+    assert f"{out} is in use by process" in refused.stderr and "Traceback" not in refused.stderr
+    same_run(whole, out)
 
 
 @pytest.mark.parametrize("flags", [{"lr": 1e-4}, {"seed": 1}, {"task": "red"}, {"beta": 0.2}, {"micro_batch": 8},
@@ -188,6 +247,7 @@ def test_resume_refuses_other_flags(whole: Path, tmp_path: Path, flags: dict[str
 def test_resume_refuses_other_weights(whole: Path, tmp_path: Path, role: str, field: str) -> None:
     """The same folder's name, other weights in it."""
     shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()        # a finished run loads no weights
     shutil.copytree(getattr(Config(), role), tmp_path / "model")
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(settings | {role: str(tmp_path / "model")}))

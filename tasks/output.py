@@ -1,0 +1,77 @@
+"""The files of an evaluation: where they are, and how one that was interrupted goes on."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tasks.jsonl import write_whole
+from tasks.lock import Lock, take_lock
+
+
+@dataclass
+class Output:
+    """Where an evaluation's files are, and what keeps other processes from writing them meanwhile."""
+    report: Path
+    answers: Path
+    responses: Path
+    config: Path
+    lock: Path
+    settings: dict[str, Any] = field(default_factory=dict)      # what the answers depend on
+    held: Lock | None = None
+
+    def reopen(self, settings: Mapping[str, Any]) -> None:
+        """Keep other processes out, and make sure that what is there was answered under the same settings.
+
+        ValueError where another process writes these files, or they hold answers of other settings. No file is changed.
+        """
+        self.held = take_lock(self.lock, self.report)
+        self.settings = dict(settings)
+        if not self.responses.exists():
+            return
+        before = self._earlier_settings()
+        for name, now in settings.items():
+            if before.get(name) != now:
+                raise ValueError(f"{self.responses} holds answers of another run: {name} was {before.get(name)!r}, "
+                                 f"is {now!r}; give another --out")
+
+    def _earlier_settings(self) -> dict[str, Any]:
+        """What the settings' file holds; ValueError if it is not an object."""
+        if not self.config.exists():
+            return {}
+        try:
+            settings = json.loads(self.config.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.config} is not JSON: {error}; give another --out") from None
+        if not isinstance(settings, dict):
+            raise ValueError(f"{self.config} does not hold a JSON object; give another --out")
+        return settings
+
+    def begin(self) -> None:
+        """Write the settings down, and cut off half a line that an interruption may have left of the responses."""
+        write_whole(self.config, json.dumps(self.settings, indent=1))
+        if not self.responses.exists():
+            return
+        written = self.responses.read_bytes()
+        whole = written.rfind(b"\n") + 1
+        if whole < len(written):
+            with self.responses.open("r+b") as file:
+                file.truncate(whole)
+
+
+def output_files(out: str | Path) -> Output:
+    """The files of a run: in the folder `out`, or beside the report where `out` is X.json."""
+    out = Path(out)
+    beside = out.suffix == ".json"
+    folder = out.parent if beside else out
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; give a folder, or X.json")
+    start = out.stem + "." if beside else ""
+    return Output(
+        report=out if beside else folder / "report.json",
+        answers=folder / f"{start}answers.jsonl",
+        responses=folder / f"{start}responses.jsonl",
+        config=folder / f"{start}config.json",
+        lock=folder / f".{start}lock")

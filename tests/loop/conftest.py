@@ -1,0 +1,28 @@
+"""What tests of a run share: one process, and a run that was started."""
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loop.ranks import Ranks
+from loop.run import Run
+from run_folder import Flags
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    """One process; the signal handler of before is put back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield Ranks("cpu")
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def run(tmp_path: Path, ranks: Ranks) -> Run:
+    """A run that was started."""
+    found = Run(Flags(str(tmp_path / "run")), ranks)
+    found.start(reference="abc")
+    return found
