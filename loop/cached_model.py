@@ -25,8 +25,9 @@ from model import generate, load_vlm
 from model.checkpoint import folder_digest, resolve_folder
 from model.processor import Chat
 from model.vlm import VLM, pick_device
-from tasks import Item, encoded_bytes
+from tasks import Item
 from tasks.jsonl import Response, write_whole
+from tasks.pictures import encoded_bytes
 from verifier import VERDICTS, Score
 
 T = TypeVar("T")

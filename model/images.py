@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +34,9 @@ MAX_ASPECT_RATIO = 200                                  # longer side / shorter 
 WHITE = (255, 255, 255)
 KNOWN_PICTURES = 16384                                  # that a reader remembers; under 500 bytes each, so at most 8 MB
 HASHED_ROWS = 64                                        # of a picture, at a time: they fit a CPU's cache
+# What Pillow raises on damaged bytes (LookupError: IndexError and KeyError, RuntimeError: NotImplementedError too).
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, LookupError, EOFError,
+                  ArithmeticError, AssertionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 # Steps that the towers rely on. A file that switches one off asks for other pixels than we make.
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 
@@ -408,11 +413,17 @@ def fit_canvas(height: int, width: int, canvas_height: int, canvas_width: int, s
 # ---- both
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; whatever is transparent, by an alpha channel or a transparent colour, is laid on white."""
-    has_alpha = "A" in image.getbands()
-    has_transparent_colour = image.info.get("transparency") is not None
-    if not has_alpha and not has_transparent_colour:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
+    """RGB; whatever is transparent, by an alpha channel or a transparent colour, is laid on white.
+
+    A damaged picture, which Pillow decodes only when it is used, is a ValueError.
+    """
+    try:
+        has_alpha = "A" in image.getbands()
+        has_transparent_colour = image.info.get("transparency") is not None
+        if not has_alpha and not has_transparent_colour:
+            return image.convert("RGB")
+        rgba = image.convert("RGBA")
+    except DECODER_ERRORS as error:
+        raise ValueError(f"a picture ({image.format}, {image.mode}) cannot be decoded: {str(error)[:200]}") from None
     background = Image.new("RGBA", rgba.size, WHITE)
     return Image.alpha_composite(background, rgba).convert("RGB")

@@ -12,7 +12,6 @@ as it is to be shown (with "<image k>"), and "group", {"subject": "Art", ...}, b
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from tasks import Item, Verdict, encoded_bytes
+from tasks import Item, Verdict
 from tasks.answers import same
 from tasks.choices import LETTERS, option_index
 from tasks.loading import column, data_path, encoded_image, row_name
 from tasks.mmmu import SAY, choice_prompt, interleave
+from tasks.pictures import encoded_bytes, picture_format
 from tasks.rewardbench import Comparison, show
 from tasks.rewardbench import score as score_pair
 from tasks.values import check_answer, grade
@@ -359,7 +357,8 @@ def export_items(items: Sequence[Item], path: Path) -> int:
     folder = path.with_name(path.stem + "_images")
     lines = []
     for item in items:
-        row: dict[str, Any] = {"id": item.id, "images": [_write_image(image, folder) for image in item.images]}
+        owner = f"item {item.id!r:.80}"
+        row: dict[str, Any] = {"id": item.id, "images": [_write_image(image, folder, owner) for image in item.images]}
         if isinstance(item, Comparison):
             row["question"] = item.question
             row["responses"] = list(item.responses)
@@ -378,16 +377,11 @@ def export_items(items: Sequence[Item], path: Path) -> int:
     return len(lines)
 
 
-def _write_image(image: bytes | Path, folder: Path) -> str:
+def _write_image(image: bytes | Path, folder: Path, owner: str) -> str:
     """Copy an encoded picture into `folder` under its hash, once; returns the path relative to the folder's parent."""
     data = encoded_bytes(image)
-    try:
-        kind = Image.open(io.BytesIO(data)).format or "bin"
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        name = "a picture" if isinstance(image, bytes) else image
-        raise ValueError(f"cannot decode {name}: {error}") from None
-
-    path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind.lower()}"
+    kind = picture_format(image, owner)
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
