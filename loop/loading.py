@@ -8,8 +8,8 @@ import torch
 
 from loop.flags import TrainingFlags
 from model import FAMILIES, VLM
-from model.checkpoint import read_settings
 from model.processor import Processor
+from model.settings import read_settings
 from model.vlm import FeatureCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}         # by their names in --dtype

@@ -14,7 +14,6 @@ from .checkpoint import (
     add_chat_template,
     copy_settings,
     load_weights,
-    read_settings,
     resolve_folder,
     save_weights,
     whole_folder,
@@ -24,6 +23,7 @@ from .mllama import Mllama
 from .qwen2_5_vl import Qwen25VL
 from .qwen3_vl import Qwen3VL
 from .sampler import Completion, generate, next_digits
+from .settings import read_settings
 from .vlm import VLM, pick_device
 
 __all__ = ["VLM", "Completion", "generate", "load_vlm", "next_digits", "save_vlm"]

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import Settings, rope_of_all_layers
+from .settings import Settings, rope_of_all_layers
 
 READ: tuple[Any, ...] = ()                              # in a table: the family takes the field as it is
 ABSENT = None                                           # among the values: the field may be missing, or null

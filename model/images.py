@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import Settings, read_settings
+from .settings import Settings, read_settings
 
 MAX_ASPECT_RATIO = 200                                  # longer side / shorter side of a picture that Qwen takes
 WHITE = (255, 255, 255)

@@ -30,7 +30,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .attention import LayerCache, Tree, attend, split_heads
 from .batch import TiledBatch
-from .checkpoint import Settings, renamed_field, rope_of_all_layers, rope_settings
 from .fields import (
     ABSENT,
     READ,
@@ -55,6 +54,7 @@ from .layers import (
 from .mllama_vision import VisionTower, gate
 from .processor import MllamaProcessor
 from .prompts import Prompts
+from .settings import Settings, renamed_field, rope_of_all_layers, rope_settings
 from .vlm import VLM
 
 EXTRA_TOKENS = 8                                        # rows of the embedding beyond the vocabulary

@@ -20,8 +20,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from .batch import Batch, Row, collate
-from .checkpoint import Settings, read_settings, renamed_field
 from .images import MllamaImages, Picture, QwenImages
+from .settings import Settings, read_settings, renamed_field
 
 Chat = list[dict]
 Part = int | str | Image.Image                          # a control id, a text between two of them, a picture

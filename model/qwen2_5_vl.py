@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from .attention import LayerCache
 from .batch import Batch
-from .checkpoint import Settings, renamed_field, rope_settings
 from .fields import (
     ABSENT,
     QWEN_VISION_ROPE,
@@ -51,6 +50,7 @@ from .layers import (
     vision_rope,
 )
 from .processor import Qwen25Processor
+from .settings import Settings, renamed_field, rope_settings
 from .vlm import QwenVL, frame_lengths
 
 VISION_ROPE_THETA = 10000.0                                         # not in config.json: a constant of the architecture

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from .attention import LayerCache, Tree
 from .batch import Batch
-from .checkpoint import Settings, rope_settings
 from .fields import (
     QWEN_VISION_ROPE,
     READ,
@@ -47,6 +46,7 @@ from .layers import (
     patch_coordinates,
     vision_rope,
 )
+from .settings import Settings, rope_settings
 from .vlm import QwenVL, frame_lengths
 
 VISION_ROPE_THETA = 10000.0                                         # not in config.json: a constant of the architecture

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from .attention import LayerCache
 from .batch import Batch
-from .checkpoint import Settings
 from .images import Picture
 from .layers import Grid, Linear, linear
 from .processor import Processor, QwenProcessor
 from .prompts import Prompts
+from .settings import Settings
 
 # Of the pictures that go through a tower together, so that their number does not decide how much memory is taken: those
 # of a picture of 2048 x 2048 pixels (Qwen3-VL). A single picture may have more (65,536 as published); it goes alone.
