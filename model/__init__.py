@@ -22,6 +22,7 @@ from .lora import merged_parameters
 from .mllama import Mllama
 from .qwen2_5_vl import Qwen25VL
 from .qwen3_vl import Qwen3VL
+from .ranges import check_token_ids
 from .sampler import Completion, generate, next_digits
 from .settings import read_settings
 from .vlm import VLM, pick_device
@@ -48,10 +49,15 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
 
     with torch.device("meta"):                          # no memory is taken until the weights are read
         vlm = family(config)
-    vlm.disk_names, vlm.file_dtype = load_weights(vlm, folder, family.RENAME, device, dtype)
     vlm.folder = folder
     vlm.processor = family.make_processor(folder, config)
     vlm.stop_ids = read_stop_ids(folder)
+    check_token_ids(vlm.decoder.embed_tokens.num_embeddings, {
+        f"{folder}/config.json: the image token": vlm.image_token_id,
+        f"{folder}/tokenizer.json: the largest id": vlm.processor.vocabulary - 1,
+        f"{folder}/generation_config.json: the largest eos_token_id": max(vlm.stop_ids),
+    })
+    vlm.disk_names, vlm.file_dtype = load_weights(vlm, folder, family.RENAME, device, dtype)
     return vlm.eval()
 
 

@@ -21,12 +21,19 @@ from tokenizers import Tokenizer
 
 from .batch import Batch, Row, collate
 from .images import MllamaImages, Picture, QwenImages
+from .ranges import check_placeholder, check_preprocessing
 from .settings import Settings, read_settings, renamed_field
 
 Chat = list[dict]
 Part = int | str | Image.Image                          # a control id, a text between two of them, a picture
 Turn = tuple[str, list[str | Image.Image]]              # a role and what it says
 Span = tuple[int, Picture]                              # the column where a picture's placeholders start; the picture
+# Of the preprocessing of pictures, what the tower must have alike, and what it calls it.
+QWEN_SIZES = {
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
 ENCODED_TEXTS = 65536                                   # the encodings that are kept: rubrics and roles come again
 
 
@@ -130,6 +137,7 @@ class QwenProcessor(Processor):
     def __init__(self, folder: Path, config: Settings):
         super().__init__(folder)
         self.images = QwenImages(folder)
+        check_preprocessing(self.images.settings, config["vision_config"], QWEN_SIZES)
         self.image_id = config["image_token_id"]
         self.vision_start_id = config["vision_start_token_id"]
         self.vision_end_id = config["vision_end_token_id"]
@@ -145,6 +153,7 @@ class QwenProcessor(Processor):
             config["video_token_id"],
         ]
         mark_special(self.tokenizer, [self.turn_start_id, self.turn_end_id, self.pad_id, *self.never_sampled])
+        check_placeholder(self.tokenizer, self.image_id, "image_token_id")
 
     @property
     def min_pixels(self) -> int:
@@ -216,6 +225,8 @@ class MllamaProcessor(Processor):
         super().__init__(folder)
         self.images = MllamaImages(folder)
         self.date = date
+        check_preprocessing(self.images.settings, config["vision_config"], {"max_image_tiles": "max_num_tiles"})
+        check_preprocessing(self.images.settings["size"], config["vision_config"], {"height": "image_size"})
         self.image_id = renamed_field(config, "image_token_index", "image_token_id")
         self.begin_id = token_id(self.tokenizer, "<|begin_of_text|>")
         self.header_start_id = token_id(self.tokenizer, "<|start_header_id|>")
@@ -225,6 +236,7 @@ class MllamaProcessor(Processor):
         self.never_sampled = [self.image_id]
         header_ids = [self.header_start_id, self.header_end_id]
         mark_special(self.tokenizer, [self.begin_id, *header_ids, self.turn_end_id, self.pad_id, self.image_id])
+        check_placeholder(self.tokenizer, self.image_id, "image_token_index")
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
         """<|begin_of_text|>, then <|start_header_id|>ROLE<|end_header_id|> two newlines CONTENT<|eot_id|> a turn."""
