@@ -24,6 +24,7 @@ from .settings import read_settings
 
 SINGLE_FILE = "model.safetensors"                       # all weights in one file
 INDEX = "model.safetensors.index.json"                  # or in shards: this file names the shard of each tensor
+SHARD_NAME = re.compile(r"[\w.-]{1,100}\.safetensors")  # in the folder itself
 SHARD_BYTES = 5_000_000_000                             # the largest shard that is written
 READ_BYTES = 1 << 24                                    # read at once when a file is hashed
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -172,16 +173,17 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
     lost = sorted(set(index) - set(files))
     if lost:
-        raise ValueError(f"{index_path} names {lost[0]}, which no shard holds ({len(lost)} such tensors)")
+        raise ValueError(f"{index_path} names {shown(lost[0])}, which no shard holds ({len(lost)} such tensors)")
     return files
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index of the shards has it."""
+    """Tensor name -> file name, as the index of the shards has it. A file elsewhere is a ValueError."""
     index = read_settings(folder, INDEX)["weight_map"]
     for name, file_name in index.items():
-        if not isinstance(file_name, str):
-            raise ValueError(f"{folder / INDEX}: the file of {name} is {file_name!r:.80}, not a name")
+        if not isinstance(file_name, str) or not SHARD_NAME.fullmatch(file_name):
+            raise ValueError(f"{folder / INDEX}: the file of {shown(name)} is {file_name!r:.80}, not a name like "
+                             "model-00001-of-00002.safetensors")
     return index
 
 
@@ -192,7 +194,14 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a whole safetensors file: {shown(str(error))}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {shown(str(error))}") from None
+
+
+def shown(text: str) -> str:
+    """What a file holds, a name or a complaint about it, as a message can show it: printable and not long."""
+    return text[:200] if text.isprintable() else repr(text)[:200]
 
 
 def _match_names(parameters: set[str], files: dict[str, Path], rename: tuple[tuple[str, str], ...],
@@ -206,9 +215,9 @@ def _match_names(parameters: set[str], files: dict[str, Path], rename: tuple[tup
         for pattern, replacement in rename:
             name = re.sub(pattern, replacement, name)
         if name not in parameters:
-            raise ValueError(f"{path} holds {disk_name}, which the model does not have")
+            raise ValueError(f"{path} holds {shown(disk_name)}, which the model does not have")
         if name in disk_names:
-            raise ValueError(f"{folder} holds {disk_names[name]} and {disk_name}, which are the same tensor")
+            raise ValueError(f"{folder} holds {disk_names[name]} and {shown(disk_name)}, which are the same tensor")
         disk_names[name] = disk_name
 
     missing = sorted(parameters - set(disk_names))

@@ -28,10 +28,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .settings import Settings, read_settings
+from .settings import Settings, is_number, read_settings
 
 MAX_ASPECT_RATIO = 200                                  # longer side / shorter side of a picture that Qwen takes
 WHITE = (255, 255, 255)
+LARGEST_MIN_PIXELS = 2 ** 26                            # to which a small picture may be enlarged
 KNOWN_PICTURES = 16384                                  # that a reader remembers; under 500 bytes each, so at most 8 MB
 HASHED_ROWS = 64                                        # of a picture, at a time: they fit a CPU's cache
 # What Pillow raises on damaged bytes (LookupError: IndexError and KeyError, RuntimeError: NotImplementedError too).
@@ -179,15 +180,12 @@ class Normalizer:
     def __init__(self, c: Settings):
         for name in ("image_mean", "image_std"):
             numbers = c[name]
-            kinds = {type(number) for number in numbers}
-            if len(numbers) != 3 or not kinds <= {int, float}:
-                raise ValueError(f"{c.source}: {name} is {numbers!r:.80}, not three numbers")
+            if len(numbers) != 3 or not all(is_number(number) for number in numbers):
+                raise ValueError(f"{c.source}: {name} is {numbers!r:.80}, not three finite numbers")
         self.mean = np.array(c["image_mean"], np.float32)                                 # (C,)
         self.std = np.array(c["image_std"], np.float32)                                   # (C,)
-        finite = np.isfinite(self.mean).all() and np.isfinite(self.std).all()
-        if not finite or self.std.min() <= 0:
-            raise ValueError(f"{c.source}: image_mean is {c['image_mean']} and image_std is {c['image_std']}; "
-                             "they must be finite, image_std above 0")
+        if self.std.min() <= 0:
+            raise ValueError(f"{c.source}: image_std is {c['image_std']!r:.80}; it must be above 0")
 
     def __repr__(self) -> str:                          # part of picture_key
         mean = self.mean.tolist()
@@ -214,7 +212,7 @@ class QwenImages(PictureReader):
         self.frames = c["temporal_patch_size"]          # frames of a video that one patch spans
         self.min_pixels, self.max_pixels = pixel_limits(c)
         self.normalize = Normalizer(c)
-        self.resample = Image.Resampling(c.get("resample", Image.Resampling.BICUBIC))
+        self.resample = resampling(c, Image.Resampling.BICUBIC)
 
     def limit(self, min_pixels: int, max_pixels: int) -> None:
         """Set the limits. ValueError for limits that no picture can keep."""
@@ -280,7 +278,19 @@ def pixel_limits(c: Settings) -> tuple[int, int]:
     if type(min_pixels) is not int or type(max_pixels) is not int or not 0 < min_pixels <= max_pixels:
         raise ValueError(f"{c.source}: the pixel limits are {min_pixels!r:.80} and {max_pixels!r:.80}, "
                          "not two positive integers, the smaller first")
+    if min_pixels > LARGEST_MIN_PIXELS:
+        raise ValueError(f"{c.source}: pictures are enlarged to {min_pixels!r:.80} pixels; that is above "
+                         f"{LARGEST_MIN_PIXELS}, the most that is done here")
     return min_pixels, max_pixels
+
+
+def resampling(c: Settings, default: Image.Resampling) -> Image.Resampling:
+    """How pictures are resized, as PIL numbers it."""
+    number = c.get("resample", default)
+    known = [int(kind) for kind in Image.Resampling]
+    if type(number) is bool or number not in known:
+        raise ValueError(f"{c.source}: resample is {number!r:.80}, not one of {known}")
+    return Image.Resampling(number)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -323,7 +333,7 @@ class MllamaImages(PictureReader):
         if size["width"] != self.tile:
             raise ValueError(f"{c.source} asks for tiles of {self.tile} x {size['width']}; they must be square")
         self.normalize = Normalizer(c)
-        self.resample = Image.Resampling(c.get("resample", Image.Resampling.BILINEAR))
+        self.resample = resampling(c, Image.Resampling.BILINEAR)
         if c.get("do_pad") is False:
             raise ValueError(f"{c.source}: do_pad is false; pictures are always padded to whole tiles")
 

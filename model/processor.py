@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer
 
 from .batch import Batch, Row, collate
 from .images import MllamaImages, Picture, QwenImages
 from .ranges import check_placeholder, check_preprocessing
-from .settings import Settings, read_settings, renamed_field
+from .settings import Settings, renamed_field
+from .tokenizer import load_tokenizer, mark_special, token_id
 
 Chat = list[dict]
 Part = int | str | Image.Image                          # a control id, a text between two of them, a picture
@@ -365,44 +365,3 @@ def message_parts(message: dict) -> list[str | Image.Image]:
         else:
             raise ValueError(f"content must be text or a PIL image, not {part!r:.80}")
     return parts
-
-
-# ---- the tokenizer
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of `folder`, set to encode every text whole and special tokens inside it as plain text.
-
-    Training tools leave their own truncation, padding and merge dropout in the file. These were meant for their
-    batches: here they would cut or fill up each piece of a prompt. The file itself is left as it is.
-    """
-    read_settings(folder, "tokenizer.json")["model"]    # a clear error if it is absent, cut short or something else
-    if (Path(folder) / "tokenizer_config.json").exists():
-        read_settings(folder, "tokenizer_config.json")  # likewise, and now: it is read when the model is saved
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None):
-        tokenizer.model.dropout = None
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a control token; its absence is a ValueError."""
-    number = tokenizer.token_to_id(token)
-    if number is None:
-        raise ValueError(f"the tokenizer lacks the control token {token}")
-    return number
-
-
-def mark_special(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Make sure that the tokenizer takes these control tokens for special ones.
-
-    Some tools save them as ordinary added tokens. A text that spells one would then hold it, and answers would show it.
-    """
-    added = tokenizer.get_added_tokens_decoder()
-    for number in ids:
-        if number in added and not added[number].special:
-            token = added[number]
-            token.special = True
-            tokenizer.add_special_tokens([token])
