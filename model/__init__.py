@@ -24,7 +24,7 @@ from .qwen2_5_vl import Qwen25VL
 from .qwen3_vl import Qwen3VL
 from .ranges import check_token_ids
 from .sampler import Completion, generate, next_digits
-from .settings import read_settings
+from .settings import is_token, read_settings
 from .vlm import VLM, pick_device
 
 __all__ = ["VLM", "Completion", "generate", "load_vlm", "next_digits", "save_vlm"]
@@ -65,8 +65,7 @@ def read_stop_ids(folder: Path) -> frozenset[int]:
     """The ids that end an answer: `eos_token_id` of generation_config.json, one id or a list of them."""
     stop = read_settings(folder, "generation_config.json")["eos_token_id"]
     stop_ids = stop if isinstance(stop, list) else [stop]
-    valid = all(type(token) is int and token >= 0 for token in stop_ids)
-    if not stop_ids or not valid:
+    if not stop_ids or not all(is_token(token) for token in stop_ids):
         raise ValueError(f"{folder}/generation_config.json: eos_token_id is {stop!r:.80}, no token id or list of them")
     return frozenset(stop_ids)
 

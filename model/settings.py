@@ -36,7 +36,7 @@ TOKENS = frozenset((
     "image_token_id", "image_token_index", "video_token_id", "vision_end_token_id", "vision_start_token_id"))
 LISTS = frozenset((
     "cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes", "image_mean", "image_std",
-    "intermediate_layers_indices", "mrope_section", "supported_aspect_ratios"))
+    "intermediate_layers_indices", "layer_types", "mrope_section", "supported_aspect_ratios"))
 OBJECTS = frozenset((
     "image_processor", "rope_parameters", "rope_scaling", "size", "text_config", "vision_config", "weight_map"))
 
@@ -178,6 +178,8 @@ def rope_of_all_layers(text_config: Settings) -> Settings:
     if not by_layer_type:
         return rope
     layer_types = text_config.get("layer_types") or list(rope)
+    if not all(isinstance(layer_type, str) for layer_type in layer_types):
+        raise ValueError(f"{text_config.source}: layer_types is {layer_types!r:.80}, not a list of names")
     first, *others = [rope[layer_type] for layer_type in sorted(set(layer_types))]
     if any(settings != first for settings in others):
         raise ValueError(f"{text_config.source}: rope_parameters differ between types of attention layers")

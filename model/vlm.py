@@ -36,6 +36,10 @@ from .settings import Settings
 PATCHES_AT_ONCE = 16_384
 
 
+class NonFiniteLogits(ArithmeticError):
+    """A model's logits are NaN or infinite: what would be drawn from them is no answer."""
+
+
 class VLM(nn.Module):
     """A vision-language model. `load_vlm` sets the attributes that come from the folder it was read from."""
 
@@ -80,6 +84,12 @@ class VLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
         return self.product(hidden, self.head_weight)
+
+    def check_finite(self, finite: Tensor) -> None:
+        """NonFiniteLogits where one of `finite`, (..), is False. On a GPU this waits for all that was queued."""
+        if not bool(finite.all()):
+            raise NonFiniteLogits(f"the model in {self.folder} gives NaN or infinity, computed in {self.dtype}: its "
+                                  "answers would mean nothing")
 
     # What a family supplies.
 
