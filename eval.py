@@ -29,7 +29,7 @@ from typing import Any
 from tasks import TASKS, Item, Verdict, jsonl, task_module
 from tasks.flags import check_pixel_range, check_ranges, flag, parse_flags
 from tasks.jsonl import Response
-from tasks.loading import fingerprint
+from tasks.loading import fingerprint, read_json_object, shown
 from tasks.rewardbench import Comparison, both_orders, check_both_orders
 
 
@@ -150,7 +150,7 @@ def load_task(name: str, directory: str | Path | None = None, split: str | None 
     times = Counter(item.id for item in items)
     [(most_frequent, count)] = times.most_common(1)
     if count > 1:
-        raise ValueError(f"item id {most_frequent!r} occurs {count} times in {directory}; ids must be unique")
+        raise ValueError(f"item id {shown(most_frequent)} occurs {count} times in {directory}; ids must be unique")
     return items
 
 
@@ -169,7 +169,7 @@ def load_scorable(cfg: Config) -> list[Item]:
     items = load_task(cfg.task, cfg.data, cfg.split, cfg.limit)
     hidden = [item.id for item in items if item.answer is None]
     if hidden:
-        raise ValueError(f"{len(hidden)} of {len(items)} answers are not known (first: {hidden[0]!r}): "
+        raise ValueError(f"{len(hidden)} of {len(items)} answers are not known (first: {shown(hidden[0])}): "
                          "such items can be trained on, not scored; choose another --split")
     return both_orders(items)
 
@@ -377,11 +377,11 @@ def open_output(cfg: Config) -> Output:
     check_outputs(cfg, out.report, out.answers, out.responses, out.config)
 
     if out.responses.exists():
-        before = json.loads(out.config.read_text()) if out.config.exists() else {}
+        before = read_json_object(out.config) if out.config.exists() else {}
         for field in now:
             if before.get(field) != now[field]:
-                raise ValueError(f"{out.responses} holds answers of another run: {field} was {before.get(field)!r}, "
-                                 f"is {now[field]!r}; give another --out")
+                raise ValueError(f"{out.responses} holds answers of another run: {field} was "
+                                 f"{shown(before.get(field))}, is {shown(now[field])}; give another --out")
         written = out.responses.read_bytes()
         whole_lines = written[:written.rfind(b"\n") + 1]    # an interruption may have left half a line
         out.responses.write_bytes(whole_lines)

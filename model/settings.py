@@ -109,7 +109,7 @@ def read_settings(folder: Path, name: str) -> Settings:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except RecursionError:
-        raise ValueError(f"{path} nests lists and objects too deeply") from None
+        raise ValueError(f"{path} is not JSON: maximum recursion depth, lists or objects lie too deep") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, Settings):
@@ -131,7 +131,7 @@ def check_depth(value: Any, path: Path) -> None:
         level = [entry for entry in inner if isinstance(entry, (dict, list))]
         if not level:
             return
-    raise ValueError(f"{path} nests lists and objects more than {DEEPEST} deep")
+    raise ValueError(f"{path} is not JSON that is read here: lists and objects lie more than {DEEPEST} deep")
 
 
 def renamed_field(settings: Settings, name: str, other_name: str) -> Any:
