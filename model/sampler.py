@@ -363,7 +363,8 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     vocabulary costs as much as a decoder layer. So it runs over sums of CDF_SPAN columns first, and then inside one
     of these spans.
     """
-    missing = -weights.shape[1] % CDF_SPAN
+    columns = weights.shape[1]
+    missing = -columns % CDF_SPAN
     if missing > 0:
         weights = F.pad(weights, (0, missing))
     spans = weights.unflatten(1, (-1, CDF_SPAN))                                              # (R, spans, CDF_SPAN)
@@ -374,7 +375,8 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     chosen = spans.take_along_dim(span[..., None], 1)[:, 0]                                   # (R, CDF_SPAN)
     inside_cdf = chosen.double().cumsum(-1)
     column, _ = locate_share(inside_cdf, rest)                                                # (R, 1)
-    return (span * CDF_SPAN + column)[:, 0]
+    # NaN in a row would give a column of the padding; what comes of such a row is refused once the batch is through.
+    return (span * CDF_SPAN + column)[:, 0].clamp(max=columns - 1)
 
 
 def locate_share(cdf: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
