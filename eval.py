@@ -373,7 +373,7 @@ def open_output(cfg: Config) -> Output:
     """
     now = settings(cfg)
     name = hashlib.sha256(json.dumps(now).encode()).hexdigest()[:8]
-    out = output_files(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name}-{name}"))
+    out = output_files(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name[:80]}-{name}"))
     check_outputs(cfg, out.report, out.answers, out.responses, out.config)
 
     if out.responses.exists():

@@ -44,7 +44,7 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     config = read_settings(folder, "config.json")
     model_type = config["model_type"]
     if model_type not in list(FAMILIES):                # a list compares by ==: in a bad file it may be unhashable
-        raise ValueError(f"{folder}/config.json: model_type {model_type!r} is not one of {sorted(FAMILIES)}")
+        raise ValueError(f"{folder}/config.json: model_type {model_type!r:.80} is not one of {sorted(FAMILIES)}")
     family = FAMILIES[model_type]
 
     with torch.device("meta"):                          # no memory is taken until the weights are read
@@ -53,7 +53,7 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     vlm.processor = family.make_processor(folder, config)
     vlm.stop_ids = read_stop_ids(folder)
     check_token_ids(vlm.decoder.embed_tokens.num_embeddings, {
-        f"{folder}/config.json: the image token": vlm.image_token_id,
+        f"{folder}/config.json: the largest id of a placeholder": max(vlm.processor.never_sampled),
         f"{folder}/tokenizer.json: the largest id": vlm.processor.vocabulary - 1,
         f"{folder}/generation_config.json: the largest eos_token_id": max(vlm.stop_ids),
     })

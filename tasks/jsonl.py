@@ -322,11 +322,11 @@ def check_replaceable(path: Path, inputs: Mapping[str, str | Path | None], flag:
 
     `flag` is what names `path` on the command line.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, and a file is to be written there; give another name")
     for place in (path, _aside(path)):
         for name, read in inputs.items():
-            if read and Path(read).exists() and place.exists() and place.samefile(read):
+            if read and os.path.exists(read) and os.path.exists(place) and place.samefile(read):
                 raise ValueError(f"{place} is the file of --{name}, which would be replaced; give another {flag}")
 
 

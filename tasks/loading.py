@@ -34,8 +34,8 @@ def data_path(name: str, directory: str | Path | None) -> Path:
     """`directory` as a path that exists; ValueError otherwise. `name` is the task's, for the message."""
     if directory is None:
         raise ValueError(f"task {name} reads its items from disk: give --data (directory)")
-    if not Path(directory).exists():
-        raise ValueError(f"{directory} does not exist")
+    if not os.path.exists(directory):                               # False for a name that no file can have
+        raise ValueError(f"{shown(str(directory), 200)[1:-1]} does not exist")
     return Path(directory)
 
 
@@ -57,8 +57,9 @@ def read_parquet(name: str, directory: str | Path | None, split: str, columns: S
                 present = [column for column in columns if column in file.schema_arrow.names]
                 for batch in file.iter_batches(batch_size=ROWS, columns=present):
                     yield from batch.to_pylist()
-        except (ArrowException, OSError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
+        except (ArrowException, OSError, ValueError, OverflowError) as error:
+            reason = (str(error).strip().splitlines() or ["damaged"])[0]
+            raise ValueError(f"cannot read {path}: {reason[:200]}") from None
 
 
 def parquet_files(directory: Path, split: str) -> list[Path]:
@@ -166,7 +167,7 @@ def shown(value: Any, longest: int = 80) -> str:
 
 def fingerprint(path: str | None) -> str | None:
     """Names, sizes and times of a file, or of the files in a folder; None for what is not on this disk."""
-    if path is None or not Path(path).exists():
+    if path is None or not os.path.exists(path):
         return None
     stats = []
     for file in sorted([Path(path), *Path(path).rglob("*")]):
@@ -258,7 +259,7 @@ def encoded_image(value: Any, base: Path | None = None) -> bytes | Path | None:
         return value
 
     path = Path(value) if base is None else base / value
-    if os.path.isfile(path):                                        # False for a name that no file can have
+    if os.path.isfile(path):
         return path
     if base is None:
         return None

@@ -133,12 +133,12 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
 def _load_vl(path: Path, split: str, limit: int | None) -> list[Comparison]:
     """VL-RewardBench's pairs; it gives some ids twice."""
     task = "vl_rewardbench"
-    times = Counter(row["id"] for row in read_parquet(task, path, split, ("id",)) if "id" in row)
+    times = Counter(str(row["id"]) for row in read_parquet(task, path, split, ("id",)) if "id" in row)
 
     items = []
     rows = read_parquet(task, path, split, VL_COLUMNS)
     for number, row in enumerate(islice(rows, limit)):
-        name = row.get("id", "")
+        name = str(row.get("id", ""))
         if times[name] > 1:
             name = f"{name}#{number}"
         items.append(make_item({**row, "task": task, "id": name}))

@@ -189,6 +189,14 @@ def test_json_that_is_none(name: str, content: str, told: str, folders: dict[str
     assert f"cannot read {path}: Is a directory" == refused(tmp_path / "model")
 
 
+@pytest.mark.parametrize("field", ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"])
+def test_placeholders_beyond_the_embedding(field: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["qwen3_vl"], tmp_path / "model")
+    for number, told in ((272, "config.json: the largest id of a placeholder is 272"), (-1, f"{field} is -1, not")):
+        change_json(tmp_path / "model" / "config.json", lambda config: config.update({field: number}))
+        assert told in refused(tmp_path / "model")
+
+
 def test_stop_tokens_beyond_the_embedding(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["qwen3_vl"], tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
