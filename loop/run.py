@@ -175,7 +175,7 @@ class Run(Generic[C]):
             try:
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     lines.append(line.decode())
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise ValueError(f"{path}, line {number} holds no step: {line!r:.80}") from None
         write_whole(path, "".join(lines))
 
