@@ -29,7 +29,7 @@ from typing import Any
 from tasks import TASKS, Item, Verdict, jsonl, task_module
 from tasks.flags import check_pixel_range, check_ranges, flag, parse_flags
 from tasks.jsonl import Response
-from tasks.loading import fingerprint
+from tasks.loading import fingerprint, shown
 from tasks.output import Output, output_files
 from tasks.rewardbench import Comparison, both_orders, check_both_orders
 
@@ -154,7 +154,7 @@ def load_task(name: str, directory: str | Path | None = None, split: str | None 
     times = Counter(item.id for item in items)
     [(most_frequent, count)] = times.most_common(1)
     if count > 1:
-        raise ValueError(f"item id {most_frequent!r} occurs {count} times in {directory}; ids must be unique")
+        raise ValueError(f"item id {shown(most_frequent)} occurs {count} times in {directory}; ids must be unique")
     return items
 
 
@@ -173,7 +173,7 @@ def load_scorable(cfg: Config) -> list[Item]:
     items = load_task(cfg.task, cfg.data, cfg.split, cfg.limit)
     hidden = [item.id for item in items if item.answer is None]
     if hidden:
-        raise ValueError(f"{len(hidden)} of {len(items)} answers are not known (first: {hidden[0]!r}): "
+        raise ValueError(f"{len(hidden)} of {len(items)} answers are not known (first: {shown(hidden[0])}): "
                          "such items can be trained on, not scored; choose another --split")
     return both_orders(items)
 
@@ -352,7 +352,7 @@ def open_output(cfg: Config) -> Output:
     """
     now = settings(cfg)
     name = hashlib.sha256(json.dumps(now).encode()).hexdigest()[:8]
-    out = output_files(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name}-{name}"))
+    out = output_files(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name[:80]}-{name}"))
     check_outputs(cfg, out.report, out.answers, out.responses, out.config)
     out.reopen(now)
     return out

@@ -50,6 +50,7 @@ from loop.judgments import BothOrders, Judgment, balanced, judge_pairs, kept_jud
 from loop.optimise import load_trainable, load_training_state, make_optimiser, optimiser_step, training_state
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.run import Run, state_fields
+from loop.saved import check_tokens, check_training_state, rebuild
 from loop.synthetic_pairs import (
     SyntheticPair,
     altered_pair,
@@ -63,7 +64,7 @@ from model.checkpoint import folder_digest
 from model.vlm import VLM
 from tasks import TASKS, Item
 from tasks.flags import flag, parse_flags
-from tasks.splits import Splits
+from tasks.splits import Splits, by_id
 from verifier import comparison_chat
 
 # The paper's parts, most of which live in loop/
@@ -342,9 +343,8 @@ def train_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequ
 
 def evaluate(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: Sequence[Item]) -> JudgeFigures:
     """The judge's figures on held-out pairs, decoded greedily, in both orders."""
-    items_by_id = {item.id: item for item in items}
     with run.ranks.uninterrupted():                     # so that the step before it is logged and saved
-        judged = ask_judge(run, vlm, pairs, items_by_id, "held-out pairs", GREEDY)
+        judged = ask_judge(run, vlm, pairs, by_id(items), "held-out pairs", GREEDY)
     return judge_figures(judged)
 
 
@@ -417,18 +417,18 @@ def save(run: Run, state: State, vlm: VLM, optimiser: torch.optim.Optimizer) -> 
 
 def restore(run: Run, vlm: VLM) -> tuple[State, torch.optim.Optimizer]:
     """The newest checkpoint's state and optimiser, its weights put into `vlm`; new ones where there is none."""
-    cfg = run.cfg
-    saved = run.load()
-    optimiser = make_optimiser(vlm, cfg.lr, cfg.weight_decay)
+    optimiser = make_optimiser(vlm, run.cfg.lr, run.cfg.weight_decay)
+
+    def check(saved: dict) -> None:
+        check_training_state(vlm, optimiser, saved)
+        examples = rebuild(State, saved.get("state"), "state").examples or []
+        check_tokens(vlm, [judgment.token_ids for judgment in examples], "state")
+
+    saved = run.load(check)
     if saved is None:
         return State(), optimiser
-
     load_training_state(vlm, optimiser, saved)
-    state = State(**saved["state"])
-    state.pairs = [SyntheticPair(**pair) for pair in state.pairs]
-    state.held_out_pairs = [SyntheticPair(**pair) for pair in state.held_out_pairs]
-    if state.examples is not None:
-        state.examples = [Judgment(**judgment) for judgment in state.examples]
+    state = rebuild(State, saved["state"], "state")
     run.say(f"resumed at step {state.step}")
     return state, optimiser
 

@@ -27,8 +27,9 @@ from model import generate, load_vlm
 from model.checkpoint import folder_digest, resolve_folder
 from model.processor import Chat
 from model.vlm import VLM, pick_device
-from tasks import Item, encoded_bytes
+from tasks import Item
 from tasks.jsonl import Response, write_whole
+from tasks.pictures import encoded_bytes
 from verifier import VERDICTS, Score
 
 T = TypeVar("T")
@@ -233,13 +234,15 @@ def read_answers(path: Path, key: dict[str, Any]) -> Any | None:
     """The value that the file holds for `key`; None where there is none, or it is not what was written."""
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):       # not there, or not readable: it is asked for again
         return None
     if not isinstance(content, dict) or content.keys() != {"key", "value", "digest"}:
         return None
-    if content["key"] != key or content["digest"] != digest([key, content["value"]]):
+    try:
+        whole = content["key"] == key and content["digest"] == digest([key, content["value"]])
+    except RecursionError:                              # it lies as deep as can just be read
         return None
-    return content["value"]
+    return content["value"] if whole else None
 
 
 def write_answers(path: Path, key: dict[str, Any], value: Any) -> Any:

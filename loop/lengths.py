@@ -14,11 +14,9 @@ prompts are so short that the number of their bytes settles it; the others are t
 """
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from PIL import Image
@@ -26,12 +24,12 @@ from tqdm import tqdm
 
 from loop.loading import processor_alone
 from model.processor import Chat, Processor
-from tasks import Item, open_image
+from tasks import Item
 from tasks.jsonl import Response, key_of
+from tasks.pictures import picture_size
 from verifier import comparison_chat, rubric_chat
 
 A = TypeVar("A")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SECONDS_WITHOUT_BAR = 2                                 # a progress bar is shown only if it takes longer
 TOO_LONG = Response("", None, "too_long")               # in place of an answer that was never asked for
 
@@ -166,16 +164,6 @@ def outline_chat(item: Item) -> Chat:
         if isinstance(part, str):
             content.append({"type": "text", "text": part})
         else:
-            size = picture_size(item.images[part])
+            size = picture_size(item.images[part], f"item {item.id!r:.80}")
             content.append({"type": "image", "image": Outline(size)})
     return [{"role": "user", "content": content}]
-
-
-def picture_size(source: bytes | Path) -> tuple[int, int]:
-    """(width, height) of an encoded picture, by its header; ValueError where it is broken."""
-    encoded = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
-        with Image.open(encoded, formats=FORMATS) as picture:
-            return picture.size
-    except (OSError, ValueError, SyntaxError, RuntimeError, AttributeError, LookupError, Image.DecompressionBombError):
-        return open_image(source).size                  # says what is wrong with it

@@ -8,9 +8,10 @@ import torch
 
 from loop.flags import TrainingFlags
 from model import FAMILIES, VLM, family_of
-from model.checkpoint import read_settings, resolve_folder
+from model.checkpoint import resolve_folder
 from model.fields import text_settings
 from model.processor import Processor
+from model.settings import read_settings
 from model.vlm import FeatureCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}         # by their names in --dtype

@@ -35,9 +35,9 @@ from torch import Tensor
 from loop.tiny_layout import judge_tokenizer, make_tokenizer, new_model
 from model import Completion, generate, load_vlm, save_vlm
 from model.batch import collate
-from model.checkpoint import read_settings
 from model.images import Picture
 from model.processor import Chat
+from model.settings import read_settings
 from model.vlm import VLM
 from tasks import Item
 from tasks.flags import check_ranges, flag, parse_flags

@@ -134,7 +134,7 @@ def training_state(vlm: VLM, optimiser: torch.optim.Optimizer) -> dict[str, Any]
 
 
 def load_training_state(vlm: VLM, optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Put what `training_state` returned into the model and the optimiser."""
+    """Put what `training_state` returned into the model and the optimiser; saved.check_training_state comes before."""
     for name, tensor in saved["model"].items():
         vlm.get_parameter(name).data.copy_(tensor)
     optimiser.load_state_dict(saved["optimiser"])

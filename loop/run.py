@@ -13,7 +13,7 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -184,8 +184,8 @@ class Run(Generic[C]):
                 shutil.rmtree(outdated)
         self.ranks.barrier()
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state, None if there is none.
+    def load(self, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any] | None:
+        """The newest checkpoint's state, None if there is none. Nothing is changed if `check` of it raises ValueError.
 
         What an interrupted write has left is removed, and metrics.jsonl is cut back to the checkpoint's step. Raises
         ValueError that names a damaged file, and says how to go on from an older checkpoint if there is one.
@@ -194,7 +194,7 @@ class Run(Generic[C]):
         state = None
         if by_age:
             try:
-                state = read_state(by_age[-1] / "state.pt")
+                state = read_state(by_age[-1] / "state.pt", check)
             except ValueError as error:
                 way_out = ", the only checkpoint"
                 if len(by_age) > 1:
@@ -251,15 +251,20 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's content; a damaged file is a ValueError that names it."""
+def read_state(path: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """A checkpoint's content; a damaged file, or one that `check` refuses, is a ValueError that names it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
-            pickle.UnpicklingError, struct.error) as error:
-        raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+            RecursionError, OverflowError, MemoryError, pickle.UnpicklingError, struct.error) as error:
+        raise ValueError(f"{path} is damaged: {first_line(error):.200}") from None
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise ValueError(f"{path} is damaged: it holds no step")
+    if check is not None:
+        try:
+            check(state)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a checkpoint of this run: {error}") from None
     return state
 
 
@@ -277,16 +282,9 @@ def state_fields(state: Any) -> dict[str, Any]:
     return content
 
 
-def check_fields(state: type, saved: dict[str, Any]) -> None:
-    """ValueError if a checkpoint's fields are not those of the program's State: it is from another version of it."""
-    known = {field.name for field in fields(state)}
-    if saved.keys() != known:
-        name = sorted(saved.keys() ^ known)[0]
-        raise ValueError(f"cannot resume: the checkpoint is another version's, which differs in the field {name!r}")
-
-
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError that names the first field in which a resumed run differs."""
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):
-            raise ValueError(f"cannot resume: {name} is {now.get(name)!r} and was {before.get(name)!r} at the start")
+            raise ValueError(f"cannot resume: {name} is {now.get(name)!r:.200} and was {before.get(name)!r:.200} at "
+                             "the start")

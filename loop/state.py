@@ -10,7 +10,8 @@ import torch
 from eval import Answer
 from gate import Figure, proportion
 from loop.optimise import load_training_state, training_state
-from loop.run import Run, check_fields, state_fields
+from loop.run import Run, state_fields
+from loop.saved import as_mapping, check_tokens, check_training_state, read_value, rebuild
 from model import VLM
 from replay import Pair, ReplayBuffer
 
@@ -81,22 +82,24 @@ def save(run: Run, state: State, student: VLM, optimiser: torch.optim.Optimizer,
 
 def restore(run: Run, student: VLM, optimiser: torch.optim.Optimizer, replay: ReplayBuffer) -> State:
     """The newest checkpoint's state, its weights, optimiser and buffer put in place; a new state if there is none."""
-    saved = run.load()
+    def check(saved: dict[str, Any]) -> None:
+        check_training_state(student, optimiser, saved)
+        state, buffer = read_fields(saved)
+        pairs = [*buffer, *(state.fresh or [])]
+        check_tokens(student, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], "state")
+
+    saved = run.load(check)
     if saved is None:
         return State()
     load_training_state(student, optimiser, saved)
-
-    fields = saved["state"]
-    buffer = fields.pop("buffer")
-    replay.pairs.extend(Pair(**pair) for pair in buffer)
-
-    check_fields(State, fields)
-    state = State(**fields)
-    if state.fresh is not None:
-        state.fresh = [Pair(**pair) for pair in state.fresh]
-    if state.frozen_held_out is not None:
-        state.frozen_held_out = [Answer(**answer) for answer in state.frozen_held_out]
-    if state.frozen_reviewed is not None:
-        state.frozen_reviewed = [Answer(**answer) for answer in state.frozen_reviewed]
+    state, buffer = read_fields(saved)
+    replay.pairs.extend(buffer)
     run.say(f"resumed at step {state.step}")
     return state
+
+
+def read_fields(saved: dict[str, Any]) -> tuple[State, list[Pair]]:
+    """The state and the replay buffer of a checkpoint; ValueError where they are not such."""
+    fields = dict(as_mapping(saved, "state"))
+    buffer = read_value(fields.pop("buffer", None), list[Pair], "state.buffer")
+    return rebuild(State, fields, "state"), buffer

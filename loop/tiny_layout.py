@@ -11,7 +11,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from model import FAMILIES
-from model.checkpoint import add_chat_template, read_settings
+from model.checkpoint import add_chat_template
+from model.settings import read_settings
 from model.vlm import VLM
 from tasks.shapes import QUESTIONS
 from verifier import COMPARISON

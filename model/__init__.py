@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 
 from .checkpoint import (
-    Settings,
     add_chat_template,
     copy_settings,
     load_weights,
-    read_settings,
     resolve_folder,
     save_weights,
     whole_folder,
@@ -24,7 +22,9 @@ from .lora import merged_parameters
 from .mllama import Mllama
 from .qwen2_5_vl import Qwen25VL
 from .qwen3_vl import Qwen3VL
+from .ranges import check_token_ids
 from .sampler import Completion, generate, next_digits
+from .settings import Settings, is_token, read_settings
 from .vlm import VLM, pick_device
 
 __all__ = ["VLM", "Completion", "generate", "load_vlm", "next_digits", "save_vlm"]
@@ -46,10 +46,15 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
 
     with torch.device("meta"):                          # no memory is taken until the weights are read
         vlm = family(config)
-    vlm.disk_names, vlm.file_dtype = load_weights(vlm, folder, family.RENAME, device, dtype)
     vlm.folder = folder
     vlm.processor = family.make_processor(folder, config)
     vlm.stop_ids = read_stop_ids(folder)
+    check_token_ids(vlm.decoder.embed_tokens.num_embeddings, {
+        f"{folder}/config.json: the largest id of a placeholder": max(vlm.processor.never_sampled),
+        f"{folder}/tokenizer.json: the largest id": vlm.processor.vocabulary - 1,
+        f"{folder}/generation_config.json: the largest eos_token_id": max(vlm.stop_ids),
+    })
+    vlm.disk_names, vlm.file_dtype = load_weights(vlm, folder, family.RENAME, device, dtype)
     return vlm.eval()
 
 
@@ -57,7 +62,7 @@ def family_of(config: Settings) -> type[VLM]:
     """The family that config.json names as its model_type; ValueError for an unknown one."""
     model_type = config["model_type"]
     if model_type not in list(FAMILIES):                # a list compares by ==: in a bad file it may be unhashable
-        raise ValueError(f"{config.source}: model_type {model_type!r} is not one of {sorted(FAMILIES)}")
+        raise ValueError(f"{config.source}: model_type {model_type!r:.80} is not one of {sorted(FAMILIES)}")
     return FAMILIES[model_type]
 
 
@@ -65,8 +70,7 @@ def read_stop_ids(folder: Path) -> frozenset[int]:
     """The ids that end an answer: `eos_token_id` of generation_config.json, one id or a list of them."""
     stop = read_settings(folder, "generation_config.json")["eos_token_id"]
     stop_ids = stop if isinstance(stop, list) else [stop]
-    valid = all(type(token) is int and token >= 0 for token in stop_ids)
-    if not stop_ids or not valid:
+    if not stop_ids or not all(is_token(token) for token in stop_ids):
         raise ValueError(f"{folder}/generation_config.json: eos_token_id is {stop!r:.80}, no token id or list of them")
     return frozenset(stop_ids)
 

@@ -1,4 +1,4 @@
-"""Model folders: reading settings and weights strictly, writing folders that appear whole or not at all.
+"""Model folders: reading weights strictly, writing folders that appear whole or not at all.
 
 A model folder is what the hub publishes: config.json, model.safetensors (or shards with model.safetensors.index.json),
 tokenizer.json, preprocessor_config.json, generation_config.json.
@@ -21,8 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .settings import read_settings
+
 SINGLE_FILE = "model.safetensors"                       # all weights in one file
 INDEX = "model.safetensors.index.json"                  # or in shards: this file names the shard of each tensor
+SHARD_NAME = re.compile(r"[\w.-]{1,100}\.safetensors")  # in the folder itself
 SHARD_BYTES = 5_000_000_000                             # the largest shard that is written
 READ_BYTES = 1 << 24                                    # read at once when a file is hashed
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,123 +33,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COPIED_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "README.md", "LICENSE*",
                 "NOTICE*", "USE_POLICY.md")
 CHAT_TEMPLATES = Path(__file__).parent / "templates"    # one a family, MODEL_TYPE.jinja
-ROPE_TYPES = ("default", "llama3")                      # the rotary frequencies that a family computes
 ADAM_MOMENTS = 2                                        # of each trained weight
-
-# Fields of the settings files by what they must hold. Settings checks a field when it is read.
-POSITIVE_INTEGERS = frozenset((
-    "attention_heads", "depth", "head_dim", "height", "hidden_size", "image_size", "in_channels", "in_chans",
-    "intermediate_size", "max_image_tiles", "max_num_tiles", "merge_size", "num_attention_heads", "num_channels",
-    "num_global_layers", "num_heads", "num_hidden_layers", "num_key_value_heads", "num_position_embeddings",
-    "out_hidden_size", "patch_size", "spatial_merge_size", "temporal_patch_size", "vocab_size", "width", "window_size"))
-LISTS = frozenset((
-    "cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes", "image_mean", "image_std",
-    "intermediate_layers_indices", "mrope_section", "supported_aspect_ratios"))
-OBJECTS = frozenset((
-    "image_processor", "rope_parameters", "rope_scaling", "size", "text_config", "vision_config", "weight_map"))
-
-
-# ---- settings: the JSON files of a model folder
-
-class Settings(dict):
-    """A JSON object of a model folder. Reading a field that is missing or malformed is a ValueError that names it.
-
-    There are no defaults: a number that we made up must not stand in for a published one.
-    """
-
-    source = ""                                         # the file that it was read from, for error messages
-
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        if key in POSITIVE_INTEGERS and (type(value) is not int or value < 1):
-            raise ValueError(f"{self.source}: {key} is {value!r:.80}, not a positive integer")
-        if key in LISTS and not isinstance(value, list):
-            raise ValueError(f"{self.source}: {key} is {value!r:.80}, not a list")
-        if key in OBJECTS and not isinstance(value, Settings):
-            raise ValueError(f"{self.source}: {key} is {value!r:.80}, not an object")
-        return value
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The field, or `default` where it is missing or null."""
-        if super().get(key) is None:
-            return default
-        return self[key]
-
-    def __missing__(self, key: str) -> Any:
-        raise ValueError(f"{self.source} lacks the field {key!r}")
-
-
-def read_settings(folder: Path, name: str) -> Settings:
-    """The JSON file `name` of a model folder; objects inside it are Settings too. ValueError if it is none."""
-    path = Path(folder) / name
-
-    def to_settings(value: dict) -> Settings:
-        settings = Settings(value)
-        settings.source = str(path)
-        return settings
-
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"), object_hook=to_settings)
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no {name}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, Settings):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return settings
-
-
-def renamed_field(settings: Settings, name: str, other_name: str) -> Any:
-    """A field that files of different age call `name` or `other_name`; `name` counts where both are there."""
-    if name not in settings and other_name in settings:
-        return settings[other_name]
-    return settings[name]
-
-
-def rope_settings(text_config: Settings) -> tuple[float, Settings]:
-    """(theta, scaling) of a text config, in any of its spellings; scaling["rope_type"] is one of ROPE_TYPES.
-
-        published       "rope_theta": 5e6, "rope_scaling": {"rope_type": "default", "mrope_section": ..}
-        older           "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": ..}
-        transformers 5  "rope_parameters": {"rope_theta": 5e6, "rope_type": "default", "mrope_section": ..}
-        by layer type   "rope_parameters": {"full_attention": {"rope_theta": 5e6, ..}, ..}
-
-    Where a file holds both, rope_scaling counts, as in transformers. ValueError for what would give other frequencies.
-    """
-    rope = rope_of_all_layers(text_config)
-    theta = rope["rope_theta"] if "rope_theta" in rope else text_config["rope_theta"]
-    if type(theta) not in (int, float) or not theta > 0:
-        raise ValueError(f"{text_config.source}: rope_theta is {theta!r:.80}, not a positive number")
-
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "mrope":                                 # an older name: its frequencies are the usual ones
-        kind = "default"
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"{text_config.source}: rope_type {kind!r:.80} is not one of {', '.join(ROPE_TYPES)}")
-    for fields in (rope, text_config):
-        share = fields.get("partial_rotary_factor", 1)
-        if share != 1:
-            raise ValueError(f"{text_config.source}: partial_rotary_factor is {share!r:.80}; whole heads are rotated")
-
-    scaling = Settings(rope)
-    scaling["rope_type"] = kind
-    scaling.source = text_config.source
-    return theta, scaling
-
-
-def rope_of_all_layers(text_config: Settings) -> Settings:
-    """rope_scaling or rope_parameters as the file holds it; one that is given by layer type must be one for all."""
-    rope = text_config.get("rope_scaling") or text_config.get("rope_parameters")
-    if rope is None:
-        rope = text_config["rope_scaling"]              # the error says what is wrong with it
-    by_layer_type = bool(rope) and all(isinstance(value, Settings) for value in rope.values())
-    if not by_layer_type:
-        return rope
-    layer_types = text_config.get("layer_types") or list(rope)
-    first, *others = [rope[layer_type] for layer_type in sorted(set(layer_types))]
-    if any(settings != first for settings in others):
-        raise ValueError(f"{text_config.source}: rope_parameters differ between types of attention layers")
-    return first
 
 
 # ---- folders
@@ -154,10 +41,10 @@ def rope_of_all_layers(text_config: Settings) -> Settings:
 def resolve_folder(path_or_hub_id: str | Path) -> Path:
     """A local folder as it is; otherwise a hub id, downloaded (weights as safetensors only)."""
     path = Path(path_or_hub_id)
-    if path.is_dir():
+    if os.path.isdir(path):                             # False for a name that no folder can have
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) or path.exists():
-        raise ValueError(f"{path_or_hub_id} is neither a folder nor a hub id (owner/name)")
+    if not re.fullmatch(r"[\w.-]{1,100}/[\w.-]{1,100}", str(path_or_hub_id)) or path.exists():
+        raise ValueError(f"{shown(str(path_or_hub_id))} is neither a folder nor a hub id (owner/name)")
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -298,16 +185,17 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
     lost = sorted(set(index) - set(files))
     if lost:
-        raise ValueError(f"{index_path} names {lost[0]}, which no shard holds ({len(lost)} such tensors)")
+        raise ValueError(f"{index_path} names {shown(lost[0])}, which no shard holds ({len(lost)} such tensors)")
     return files
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index of the shards has it."""
+    """Tensor name -> file name, as the index of the shards has it. A file elsewhere is a ValueError."""
     index = read_settings(folder, INDEX)["weight_map"]
     for name, file_name in index.items():
-        if not isinstance(file_name, str):
-            raise ValueError(f"{folder / INDEX}: the file of {name} is {file_name!r:.80}, not a name")
+        if not isinstance(file_name, str) or not SHARD_NAME.fullmatch(file_name):
+            raise ValueError(f"{folder / INDEX}: the file of {shown(name)} is {file_name!r:.80}, not a name like "
+                             "model-00001-of-00002.safetensors")
     return index
 
 
@@ -318,7 +206,14 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a whole safetensors file: {shown(str(error))}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {shown(str(error))}") from None
+
+
+def shown(text: str) -> str:
+    """What a file holds, a name or a complaint about it, as a message can show it: printable and not long."""
+    return text[:200] if text.isprintable() else repr(text)[:200]
 
 
 def _match_names(parameters: set[str], files: dict[str, Path], rename: tuple[tuple[str, str], ...],
@@ -332,9 +227,9 @@ def _match_names(parameters: set[str], files: dict[str, Path], rename: tuple[tup
         for pattern, replacement in rename:
             name = re.sub(pattern, replacement, name)
         if name not in parameters:
-            raise ValueError(f"{path} holds {disk_name}, which the model does not have")
+            raise ValueError(f"{path} holds {shown(disk_name)}, which the model does not have")
         if name in disk_names:
-            raise ValueError(f"{folder} holds {disk_names[name]} and {disk_name}, which are the same tensor")
+            raise ValueError(f"{folder} holds {disk_names[name]} and {shown(disk_name)}, which are the same tensor")
         disk_names[name] = disk_name
 
     missing = sorted(parameters - set(disk_names))

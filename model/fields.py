@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import Settings, rope_of_all_layers
+from .settings import Settings, rope_of_all_layers
 
 READ: tuple[Any, ...] = ()                              # in a table: the family takes the field as it is
 ABSENT = None                                           # among the values: the field may be missing, or null
@@ -153,7 +153,7 @@ def check_config(config: Settings, known: Known) -> None:
         unknown += check_fields(vision_rope, "vision_config.rope_parameters.", known.vision_rope)
 
     if unknown:
-        names = ", ".join(unknown)
+        names = ", ".join(unknown)[:400]                # foreign files may hold hundreds
         warnings.warn(f"{config.source}: fields that are not known here, and have no effect: {names}", stacklevel=2)
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,12 +28,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import Settings, read_settings
+from .settings import Settings, is_number, read_settings
 
 MAX_ASPECT_RATIO = 200                                  # longer side / shorter side of a picture that Qwen takes
 WHITE = (255, 255, 255)
+LARGEST_MIN_PIXELS = 2 ** 26                            # to which a small picture may be enlarged
 KNOWN_PICTURES = 16384                                  # that a reader remembers; under 500 bytes each, so at most 8 MB
 HASHED_ROWS = 64                                        # of a picture, at a time: they fit a CPU's cache
+# What Pillow raises on damaged bytes (LookupError: IndexError and KeyError, RuntimeError: NotImplementedError too).
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, LookupError, EOFError,
+                  ArithmeticError, AssertionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 # Steps that the towers rely on. A file that switches one off asks for other pixels than we make.
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 
@@ -174,15 +180,12 @@ class Normalizer:
     def __init__(self, c: Settings):
         for name in ("image_mean", "image_std"):
             numbers = c[name]
-            kinds = {type(number) for number in numbers}
-            if len(numbers) != 3 or not kinds <= {int, float}:
-                raise ValueError(f"{c.source}: {name} is {numbers!r:.80}, not three numbers")
+            if len(numbers) != 3 or not all(is_number(number) for number in numbers):
+                raise ValueError(f"{c.source}: {name} is {numbers!r:.80}, not three finite numbers")
         self.mean = np.array(c["image_mean"], np.float32)                                 # (C,)
         self.std = np.array(c["image_std"], np.float32)                                   # (C,)
-        finite = np.isfinite(self.mean).all() and np.isfinite(self.std).all()
-        if not finite or self.std.min() <= 0:
-            raise ValueError(f"{c.source}: image_mean is {c['image_mean']} and image_std is {c['image_std']}; "
-                             "they must be finite, image_std above 0")
+        if self.std.min() <= 0:
+            raise ValueError(f"{c.source}: image_std is {c['image_std']!r:.80}; it must be above 0")
 
     def __repr__(self) -> str:                          # part of picture_key
         mean = self.mean.tolist()
@@ -209,7 +212,7 @@ class QwenImages(PictureReader):
         self.frames = c["temporal_patch_size"]          # frames of a video that one patch spans
         self.min_pixels, self.max_pixels = pixel_limits(c)
         self.normalize = Normalizer(c)
-        self.resample = Image.Resampling(c.get("resample", Image.Resampling.BICUBIC))
+        self.resample = resampling(c, Image.Resampling.BICUBIC)
 
     def limit(self, min_pixels: int, max_pixels: int) -> None:
         """Set the limits. ValueError for limits that no picture can keep."""
@@ -275,7 +278,19 @@ def pixel_limits(c: Settings) -> tuple[int, int]:
     if type(min_pixels) is not int or type(max_pixels) is not int or not 0 < min_pixels <= max_pixels:
         raise ValueError(f"{c.source}: the pixel limits are {min_pixels!r:.80} and {max_pixels!r:.80}, "
                          "not two positive integers, the smaller first")
+    if min_pixels > LARGEST_MIN_PIXELS:
+        raise ValueError(f"{c.source}: pictures are enlarged to {min_pixels!r:.80} pixels; that is above "
+                         f"{LARGEST_MIN_PIXELS}, the most that is done here")
     return min_pixels, max_pixels
+
+
+def resampling(c: Settings, default: Image.Resampling) -> Image.Resampling:
+    """How pictures are resized, as PIL numbers it."""
+    number = c.get("resample", default)
+    known = [int(kind) for kind in Image.Resampling]
+    if type(number) is bool or number not in known:
+        raise ValueError(f"{c.source}: resample is {number!r:.80}, not one of {known}")
+    return Image.Resampling(number)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -318,7 +333,7 @@ class MllamaImages(PictureReader):
         if size["width"] != self.tile:
             raise ValueError(f"{c.source} asks for tiles of {self.tile} x {size['width']}; they must be square")
         self.normalize = Normalizer(c)
-        self.resample = Image.Resampling(c.get("resample", Image.Resampling.BILINEAR))
+        self.resample = resampling(c, Image.Resampling.BILINEAR)
         if c.get("do_pad") is False:
             raise ValueError(f"{c.source}: do_pad is false; pictures are always padded to whole tiles")
 
@@ -408,11 +423,17 @@ def fit_canvas(height: int, width: int, canvas_height: int, canvas_width: int, s
 # ---- both
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; whatever is transparent, by an alpha channel or a transparent colour, is laid on white."""
-    has_alpha = "A" in image.getbands()
-    has_transparent_colour = image.info.get("transparency") is not None
-    if not has_alpha and not has_transparent_colour:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
+    """RGB; whatever is transparent, by an alpha channel or a transparent colour, is laid on white.
+
+    A damaged picture, which Pillow decodes only when it is used, is a ValueError.
+    """
+    try:
+        has_alpha = "A" in image.getbands()
+        has_transparent_colour = image.info.get("transparency") is not None
+        if not has_alpha and not has_transparent_colour:
+            return image.convert("RGB")
+        rgba = image.convert("RGBA")
+    except DECODER_ERRORS as error:
+        raise ValueError(f"a picture ({image.format}, {image.mode}) cannot be decoded: {str(error)[:200]}") from None
     background = Image.new("RGBA", rgba.size, WHITE)
     return Image.alpha_composite(background, rgba).convert("RGB")

@@ -53,7 +53,17 @@ class Adapted(Linear):
 
 
 def add_adapters(layers: Iterable[nn.Module], rank: int, seed: int = 0) -> None:
-    """Give every linear layer inside `layers` an adapter of that rank."""
+    """Give every linear layer inside `layers` an adapter of that rank.
+
+    ValueError, before any is made, for a rank above the smaller side of one of them: it would hold more numbers than
+    the layer, and still no other updates.
+    """
+    layers = list(layers)
+    for layer in layers:
+        for name, linear in layer.named_modules():
+            if isinstance(linear, Linear) and rank > min(linear.in_features, linear.out_features):
+                raise ValueError(f"--lora-rank {rank}: {name} is {linear.in_features} x {linear.out_features}, so at "
+                                 f"most {min(linear.in_features, linear.out_features)} makes sense")
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         for parent in list(layer.modules()):            # lists: layers are replaced as we go

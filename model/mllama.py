@@ -30,7 +30,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .attention import LayerCache, Tree, attend, split_heads
 from .batch import TiledBatch
-from .checkpoint import Settings, renamed_field, rope_of_all_layers, rope_settings
 from .fields import (
     ABSENT,
     READ,
@@ -55,6 +54,8 @@ from .layers import (
 from .mllama_vision import VisionTower, gate
 from .processor import MllamaProcessor
 from .prompts import Prompts
+from .ranges import check_mllama
+from .settings import Settings, renamed_field, rope_of_all_layers, rope_settings
 from .vlm import VLM
 
 EXTRA_TOKENS = 8                                        # rows of the embedding beyond the vocabulary
@@ -259,6 +260,7 @@ class Mllama(VLM):
         check_config(config, known_fields(config))
         text = text_settings(config)
         vision = config["vision_config"]
+        check_mllama(text, vision)
         self.image_token_id = renamed_field(config, "image_token_index", "image_token_id")
         self.model = nn.ModuleDict({
             "vision_model": VisionTower(vision),
@@ -418,7 +420,7 @@ def known_fields(config: Settings) -> Known:
             "max_num_tiles": READ,
             "norm_eps": READ,
             "num_attention_heads": READ,
-            "num_channels": READ,
+            "num_channels": (3,),
             "num_global_layers": READ,
             "num_hidden_layers": READ,
             "supported_aspect_ratios": READ,

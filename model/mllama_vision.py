@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
-from .checkpoint import Settings, renamed_field
 from .layers import Block, LayerNorm, Linear
+from .settings import Settings, renamed_field
 
 NORM_EPS = 1e-5                             # of the tower's two outer norms: a constant of the architecture
 ROUND_UP = 8                                # the tokens of a tile are filled up to a multiple of it

@@ -17,16 +17,23 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer
 
 from .batch import Batch, Row, collate
-from .checkpoint import Settings, read_settings, renamed_field
 from .images import MllamaImages, Picture, PictureReader, QwenImages
+from .ranges import check_placeholder, check_preprocessing
+from .settings import Settings, renamed_field
+from .tokenizer import load_tokenizer, mark_special, token_id
 
 Chat = list[dict]
 Part = int | str | Image.Image                          # a control id, a text between two of them, a picture
 Turn = tuple[str, list[str | Image.Image]]              # a role and what it says
 Span = tuple[int, Picture]                              # the column where a picture's placeholders start; the picture
+# Of the preprocessing of pictures, what the tower must have alike, and what it calls it.
+QWEN_SIZES = {
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
 ENCODED_TEXTS = 65536                                   # the encodings that are kept: rubrics and roles come again
 
 
@@ -153,6 +160,7 @@ class QwenProcessor(Processor):
     def __init__(self, folder: Path, config: Settings):
         super().__init__(folder)
         self.images = QwenImages(folder)
+        check_preprocessing(self.images.settings, config["vision_config"], QWEN_SIZES)
         self.image_id = config["image_token_id"]
         self.vision_start_id = config["vision_start_token_id"]
         self.vision_end_id = config["vision_end_token_id"]
@@ -168,6 +176,7 @@ class QwenProcessor(Processor):
             config["video_token_id"],
         ]
         mark_special(self.tokenizer, [self.turn_start_id, self.turn_end_id, self.pad_id, *self.never_sampled])
+        check_placeholder(self.tokenizer, self.image_id, "image_token_id")
 
     @property
     def min_pixels(self) -> int:
@@ -239,6 +248,8 @@ class MllamaProcessor(Processor):
         super().__init__(folder)
         self.images = MllamaImages(folder)
         self.date = date
+        check_preprocessing(self.images.settings, config["vision_config"], {"max_image_tiles": "max_num_tiles"})
+        check_preprocessing(self.images.settings["size"], config["vision_config"], {"height": "image_size"})
         self.image_id = renamed_field(config, "image_token_index", "image_token_id")
         self.begin_id = token_id(self.tokenizer, "<|begin_of_text|>")
         self.header_start_id = token_id(self.tokenizer, "<|start_header_id|>")
@@ -248,6 +259,7 @@ class MllamaProcessor(Processor):
         self.never_sampled = [self.image_id]
         header_ids = [self.header_start_id, self.header_end_id]
         mark_special(self.tokenizer, [self.begin_id, *header_ids, self.turn_end_id, self.pad_id, self.image_id])
+        check_placeholder(self.tokenizer, self.image_id, "image_token_index")
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
         """<|begin_of_text|>, then <|start_header_id|>ROLE<|end_header_id|> two newlines CONTENT<|eot_id|> a turn."""
@@ -378,50 +390,9 @@ def message_parts(message: dict) -> list[str | Image.Image]:
     return parts
 
 
-# ---- the tokenizer
-
 def most_text_tokens(text: str) -> int:
     """An upper bound of a text's tokens: byte-level BPE makes at most one a byte, after a normalization (NFC) that can
     triple the bytes of what is not ASCII."""
     if text.isascii():
         return len(text)
     return 3 * len(text.encode())
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of `folder`, set to encode every text whole and special tokens inside it as plain text.
-
-    Training tools leave their own truncation, padding and merge dropout in the file. These were meant for their
-    batches: here they would cut or fill up each piece of a prompt. The file itself is left as it is.
-    """
-    read_settings(folder, "tokenizer.json")["model"]    # a clear error if it is absent, cut short or something else
-    if (Path(folder) / "tokenizer_config.json").exists():
-        read_settings(folder, "tokenizer_config.json")  # likewise, and now: it is read when the model is saved
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None):
-        tokenizer.model.dropout = None
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a control token; its absence is a ValueError."""
-    number = tokenizer.token_to_id(token)
-    if number is None:
-        raise ValueError(f"the tokenizer lacks the control token {token}")
-    return number
-
-
-def mark_special(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Make sure that the tokenizer takes these control tokens for special ones.
-
-    Some tools save them as ordinary added tokens. A text that spells one would then hold it, and answers would show it.
-    """
-    added = tokenizer.get_added_tokens_decoder()
-    for number in ids:
-        if number in added and not added[number].special:
-            token = added[number]
-            token.special = True
-            tokenizer.add_special_tokens([token])

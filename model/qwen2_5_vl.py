@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from .attention import LayerCache
 from .batch import Batch
-from .checkpoint import Settings, renamed_field, rope_settings
 from .fields import (
     ABSENT,
     QWEN_VISION_ROPE,
@@ -51,6 +50,8 @@ from .layers import (
     vision_rope,
 )
 from .processor import Qwen25Processor
+from .ranges import check_qwen2_5_vl
+from .settings import Settings, renamed_field, rope_settings
 from .vlm import QwenVL, frame_lengths
 
 VISION_ROPE_THETA = 10000.0                                         # not in config.json: a constant of the architecture
@@ -234,11 +235,13 @@ class Qwen25VL(QwenVL):
     def __init__(self, config: Settings):
         check_config(config, known_fields(config))
         text = text_settings(config)
+        vision = config["vision_config"]
+        check_qwen2_5_vl(text, vision)
         if "tie_word_embeddings" in text:               # a file that was saved again may have it in either place
             tied = text["tie_word_embeddings"] or config.get("tie_word_embeddings", False)
         else:
             tied = config["tie_word_embeddings"]
-        super().__init__(config, VisionTower(config["vision_config"]), Decoder(text), tied)
+        super().__init__(config, VisionTower(vision), Decoder(text), tied)
 
     @staticmethod
     def make_processor(folder: Path, config: Settings) -> Qwen25Processor:
@@ -276,8 +279,8 @@ def known_fields(config: Settings) -> Known:
             "spatial_patch_size": (ABSENT, vision["patch_size"]),
             "depth": READ,
             "fullatt_block_indexes": READ,
-            "in_channels": READ,
-            "in_chans": READ,
+            "in_channels": (ABSENT, 3),
+            "in_chans": (ABSENT, 3),
             "num_heads": READ,
             "spatial_merge_size": READ,
             "temporal_patch_size": READ,

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from .attention import LayerCache, Tree
 from .batch import Batch
-from .checkpoint import Settings, rope_settings
 from .fields import (
     QWEN_VISION_ROPE,
     READ,
@@ -47,6 +46,8 @@ from .layers import (
     patch_coordinates,
     vision_rope,
 )
+from .ranges import check_qwen3_vl
+from .settings import Settings, rope_settings
 from .vlm import QwenVL, frame_lengths
 
 VISION_ROPE_THETA = 10000.0                                         # not in config.json: a constant of the architecture
@@ -234,8 +235,11 @@ class Qwen3VL(QwenVL):
 
     def __init__(self, config: Settings):
         check_config(config, known_fields(config))
-        tower = VisionTower(config["vision_config"])
-        decoder = Decoder(text_settings(config))
+        text = text_settings(config)
+        vision = config["vision_config"]
+        check_qwen3_vl(text, vision)
+        tower = VisionTower(vision)
+        decoder = Decoder(text)
         tied = config["tie_word_embeddings"]
         super().__init__(config, tower, decoder, tied)
 
@@ -271,7 +275,7 @@ def known_fields(config: Settings) -> Known:
             "out_hidden_size": (text["hidden_size"],),
             "deepstack_visual_indexes": READ,
             "depth": READ,
-            "in_channels": READ,
+            "in_channels": (3,),
             "num_heads": READ,
             "num_position_embeddings": READ,
             "spatial_merge_size": READ,

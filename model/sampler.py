@@ -147,6 +147,7 @@ def digit_probabilities(vlm: VLM, prompts: Prompts, behind: Tensor, digits: list
     hidden = hidden[rows, columns].flatten(0, 2)                                              # (G m replies, H)
 
     tokens = vlm.logits(hidden).float().softmax(-1)                                           # (G m replies, V)
+    vlm.check_finite(tokens.isfinite())
     of_digits = [tokens[:, ids].sum(-1) for ids in digits]
     together = torch.stack(of_digits, -1)                                                     # (G m replies, 10)
     return together.unflatten(0, (-1, len(behind)))
@@ -215,6 +216,7 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, sampling: Sampling, uniform
     """Token ids (R, up to max_new_tokens), padded with -1 after each sample's stop token.
 
     uniforms: (prompts, n, max_new_tokens), None: greedy. Samples that are finished are dropped as the batch goes on.
+    NonFiniteLogits where logits are NaN or infinite: looked at after the first token, and again at the end.
     """
     device = vlm.device
     prompts = prompts.to(device)
@@ -226,9 +228,14 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, sampling: Sampling, uniform
     banned = banned_tokens(vlm)
     stops = torch.tensor(sorted(vlm.stop_ids), device=device)
     result = torch.full((len(live.rows), sampling.max_new_tokens), -1, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)        # whether all logits that were drawn from were
 
     for t in range(sampling.max_new_tokens):
         logits = vlm.logits(hidden).float()                                                   # (R, V)
+        largest = logits.amax(-1)                       # (R,); NaN where one of a row is
+        finite = finite & (largest.isfinite() | live.done).all()
+        if t == 0:
+            vlm.check_finite(finite)
         logits.index_fill_(1, banned, -torch.inf)
         if live.uniforms is None:
             tokens = logits.argmax(-1)                                                        # (R,)
@@ -253,6 +260,7 @@ def sample_batch(vlm: VLM, prompts: Prompts, n: int, sampling: Sampling, uniform
                 tokens = tokens[kept_samples]
                 groups = len(kept_groups)
         hidden = vlm.step(tokens, live.position + t, cache)
+    vlm.check_finite(finite)
     return result[:, :t + 1]
 
 
@@ -355,7 +363,8 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     vocabulary costs as much as a decoder layer. So it runs over sums of CDF_SPAN columns first, and then inside one
     of these spans.
     """
-    missing = -weights.shape[1] % CDF_SPAN
+    columns = weights.shape[1]
+    missing = -columns % CDF_SPAN
     if missing > 0:
         weights = F.pad(weights, (0, missing))
     spans = weights.unflatten(1, (-1, CDF_SPAN))                                              # (R, spans, CDF_SPAN)
@@ -366,7 +375,8 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     chosen = spans.take_along_dim(span[..., None], 1)[:, 0]                                   # (R, CDF_SPAN)
     inside_cdf = chosen.double().cumsum(-1)
     column, _ = locate_share(inside_cdf, rest)                                                # (R, 1)
-    return (span * CDF_SPAN + column)[:, 0]
+    # NaN in a row would give a column of the padding; what comes of such a row is refused once the batch is through.
+    return (span * CDF_SPAN + column)[:, 0].clamp(max=columns - 1)
 
 
 def locate_share(cdf: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,15 +25,19 @@ from torch import Tensor, nn
 
 from .attention import LayerCache
 from .batch import Batch
-from .checkpoint import Settings
 from .images import Picture
 from .layers import Grid, Linear, linear
 from .processor import Processor, QwenProcessor
 from .prompts import Prompts
+from .settings import Settings
 
 # Of the pictures that go through a tower together, so that their number does not decide how much memory is taken: those
 # of a picture of 2048 x 2048 pixels (Qwen3-VL). A single picture may have more (65,536 as published); it goes alone.
 PATCHES_AT_ONCE = 16_384
+
+
+class NonFiniteLogits(ArithmeticError):
+    """A model's logits are NaN or infinite: what would be drawn from them is no answer."""
 
 
 class VLM(nn.Module):
@@ -80,6 +84,12 @@ class VLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
         return self.product(hidden, self.head_weight)
+
+    def check_finite(self, finite: Tensor) -> None:
+        """NonFiniteLogits where one of `finite`, (..), is False. On a GPU this waits for all that was queued."""
+        if not bool(finite.all()):
+            raise NonFiniteLogits(f"the model in {self.folder} gives NaN or infinity, computed in {self.dtype}: its "
+                                  "answers would mean nothing")
 
     # What a family supplies.
 

@@ -9,19 +9,18 @@ A task is a module of this folder with three functions, and nothing else in it i
 
 `TASKS` maps the names that the command lines take to these modules; adding a line adds a task. A module may also say
 how its figures are published: MACRO, task name -> the group whose unweighted mean is reported, and OFFICIAL, "macro"
-where that mean is the official figure. What reads files is in loading.py.
+where that mean is the official figure. What reads files is in loading.py and pictures.py.
 """
 from __future__ import annotations
 
 import hashlib
 import importlib
-import io
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
-from PIL import Image
+from tasks.pictures import encoded_bytes, open_image
 
 TASKS = {
     "bar": "tasks.shapes",
@@ -62,7 +61,8 @@ class Item:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             else:
-                content.append({"type": "image", "image": open_image(self.images[part])})
+                picture = open_image(self.images[part], f"item {self.id!r:.80}")
+                content.append({"type": "image", "image": picture})
         return [{"role": "user", "content": content}]
 
     @cached_property
@@ -77,22 +77,6 @@ class Verdict:
     """What a scorer says of a response. `answer` is what was extracted, None when nothing was (never correct)."""
     correct: bool
     answer: str | None
-
-
-def encoded_bytes(source: bytes | Path) -> bytes:
-    """An encoded picture's bytes, read from its file where it is a path."""
-    return source if isinstance(source, bytes) else source.read_bytes()
-
-
-def open_image(source: bytes | Path) -> Image.Image:
-    """Decode an encoded picture; a broken or a vast one is a ValueError (which, for a path, names the file)."""
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        image.load()
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        name = "a picture" if isinstance(source, bytes) else f"the picture {source}"
-        raise ValueError(f"cannot decode {name}: {error}") from None
-    return image
 
 
 def task_module(name: str) -> ModuleType:

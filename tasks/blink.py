@@ -15,7 +15,16 @@ from pathlib import Path
 
 from tasks import Item, Verdict
 from tasks.choices import option_index
-from tasks.loading import column, encoded_image, is_hidden, read_parquet, row_name
+from tasks.loading import (
+    column,
+    encoded_image,
+    is_hidden,
+    read_parquet,
+    row_name,
+    shown,
+    text_column,
+    texts_column,
+)
 from tasks.values import check_answer, grade
 
 SPLIT = "val"
@@ -37,18 +46,20 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
 
 def make_item(row: dict) -> Item:
     """A row as an item; the answer is given as "(B)"."""
-    prompt = column(row, "prompt")
-    choices = tuple(column(row, "choices"))
+    prompt = text_column(row, "prompt")
+    choices = texts_column(row, "choices")
     name = str(row.get("idx", ""))
-    subtask = row.get("sub_task") or "_".join(name.split("_")[1:-1])        # val_Art_Style_1
+    subtask = "_".join(name.split("_")[1:-1])               # val_Art_Style_1
+    if row.get("sub_task"):
+        subtask = text_column(row, "sub_task")
 
     answer = column(row, "answer", null=True)
     if is_hidden(answer):
         answer = None
     else:
-        k = option_index(answer.strip("() "), choices)
+        k = option_index(text_column(row, "answer").strip("() "), choices)
         if k is None:
-            raise ValueError(f"row {row_name(row)!r}: the answer {answer!r} is none of its {len(choices)} choices")
+            raise ValueError(f"row {row_name(row)!r}: the answer {shown(answer)} is none of its {len(choices)} choices")
         answer = choices[k]
 
     pictures = [encoded_image(row.get(key)) for key in PICTURES]

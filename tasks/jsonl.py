@@ -12,7 +12,6 @@ as it is to be shown (with "<image k>"), and "group", {"subject": "Art", ...}, b
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -22,13 +21,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from tasks import Item, Verdict, encoded_bytes
+from tasks import Item, Verdict
 from tasks.answers import same
 from tasks.choices import LETTERS, option_index
-from tasks.loading import column, data_path, encoded_image, row_name
+from tasks.loading import (
+    MOST_DECIMALS,
+    column,
+    data_path,
+    encoded_image,
+    is_texts,
+    parse_json,
+    read_text,
+    row_name,
+    shown,
+)
 from tasks.mmmu import SAY, choice_prompt, interleave
+from tasks.pictures import encoded_bytes, picture_format
 from tasks.rewardbench import Comparison, show
 from tasks.rewardbench import score as score_pair
 from tasks.values import check_answer, grade
@@ -78,11 +86,11 @@ def make_item(row: dict, base: Path | None = None) -> Item:
     for key, (expected, form) in OPTIONAL_KEYS.items():
         value = row.get(key)
         if value is not None and not isinstance(value, expected):
-            raise ValueError(f"row {name!r}: {key} is {value!r}, not {form}")
+            raise ValueError(f"row {shown(name)}: {key} is {shown(value)}, not {form}")
 
     question = row.get("question") or row.get("prompt")
     if not question:
-        raise ValueError(f"row {name!r}: the question is missing or empty")
+        raise ValueError(f"row {shown(name)}: the question is missing or empty")
     group = _group(row, name)
     pictures = [encoded_image(image, base) for image in row.get("images") or ()]
     if "responses" in row:
@@ -109,7 +117,7 @@ def _id(row: dict) -> str:
     """The row's id as text; ValueError unless it is a text or a whole number (True is neither)."""
     name = column(row, "id")
     if type(name) not in (str, int) or name == "":
-        raise ValueError(f"id is {name!r}, not a non-empty text or a whole number")
+        raise ValueError(f"id is {shown(name)}, not a non-empty text or a whole number")
     return str(name)
 
 
@@ -117,35 +125,28 @@ def _group(row: dict, name: str) -> dict[str, str | list[str]]:
     """What reports break figures down by; ValueError unless each value is a text or a list of texts."""
     group = row.get("group") or {}
     for key, value in group.items():
-        if not isinstance(value, str) and not _is_texts(value):
-            raise ValueError(f"row {name!r}: group {key!r} is {value!r}, not a text or a list of texts")
+        if not isinstance(value, str) and not is_texts(value):
+            raise ValueError(f"row {shown(name)}: group {shown(key)} is {shown(value)}, not a text or a list of texts")
     return group
-
-
-def _is_texts(value: Any) -> bool:
-    """Whether a value is a list of texts."""
-    if not isinstance(value, list):
-        return False
-    return all(isinstance(entry, str) for entry in value)
 
 
 def _answer_type(row: dict, name: str) -> str:
     """Item.answer_type; ValueError for an unknown one."""
     kind = column(row, "answer_type")
     if kind not in TYPES:
-        raise ValueError(f"row {name!r}: answer_type is {kind!r}, not one of {', '.join(TYPES)}")
+        raise ValueError(f"row {shown(name)}: answer_type is {shown(kind)}, not one of {', '.join(TYPES)}")
     return kind
 
 
 def _choices(row: dict, name: str, kind: str) -> tuple[str, ...]:
     """The options' texts, () where there are none; ValueError where a choice has none or more than letters."""
     choices = row.get("choices")
-    if choices is not None and not _is_texts(choices):
-        raise ValueError(f"row {name!r}: choices is {choices!r}, not null or a list of texts")
+    if choices is not None and not is_texts(choices):
+        raise ValueError(f"row {shown(name)}: choices is {shown(choices)}, not null or a list of texts")
     choices = tuple(choices or ())
     too_few = kind == "choice" and not choices
     if too_few or len(choices) > len(LETTERS):
-        raise ValueError(f"row {name!r}: answer_type choice needs 1 to {len(LETTERS)} choices")
+        raise ValueError(f"row {shown(name)}: answer_type choice needs 1 to {len(LETTERS)} choices")
     return choices
 
 
@@ -155,8 +156,8 @@ def _precision(row: dict, name: str) -> int | None:
     if precision is None:
         return None
     whole = isinstance(precision, float) and precision.is_integer()
-    if type(precision) is not int and not whole:
-        raise ValueError(f"row {name!r}: precision is {precision!r}, not null or a whole number")
+    if (type(precision) is not int and not whole) or abs(precision) > MOST_DECIMALS:
+        raise ValueError(f"row {shown(name)}: precision is {shown(precision)}, not null or a whole number")
     return int(precision)
 
 
@@ -175,10 +176,10 @@ def _answer(row: dict, kind: str, choices: Sequence[str]) -> str | list[str] | N
         return repr(answer)
     if isinstance(answer, list) and kind == "list":
         return repr(answer)
-    if kind == "text" and answer and _is_texts(answer):
+    if kind == "text" and answer and is_texts(answer):
         return answer
     if answer is not None and not isinstance(answer, str):
-        raise ValueError(f"row {row_name(row)!r}: {answer!r} is no answer of type {kind}")
+        raise ValueError(f"row {row_name(row)!r}: {shown(answer)} is no answer of type {kind}")
 
     if kind == "choice" and answer is not None and not any(same(answer, choice) for choice in choices):
         k = option_index(answer.strip("() "), choices)
@@ -191,11 +192,11 @@ def _pair(row: dict, name: str, question: str, images: tuple[bytes | Path, ...],
           group: dict[str, str | list[str]]) -> Comparison:
     """A line with "responses" as a pair, shown in its own order."""
     responses = row["responses"]
-    if not _is_texts(responses) or len(responses) != 2:
-        raise ValueError(f"row {name!r}: responses is not a list of two texts")
+    if not is_texts(responses) or len(responses) != 2:
+        raise ValueError(f"row {shown(name)}: responses is not a list of two texts")
     better = row.get("better")
     if better not in (1, 2, None) or isinstance(better, bool):
-        raise ValueError(f"row {name!r}: better is {better!r}, not 1 or 2")
+        raise ValueError(f"row {shown(name)}: better is {shown(better)}, not 1 or 2")
     return show(Comparison(
         id=name,
         task="jsonl",
@@ -244,8 +245,8 @@ def answers_from_elsewhere(path: str | Path, items: Sequence[Item], others: bool
     if missing:
         name, swapped = missing[0]
         order = ' with "swapped": true' if swapped else ""
-        raise ValueError(f"{path} has no response for {len(missing)} of {len(items)} questions, first {name!r}{order}"
-                         '; give "" as the response to count it as wrong')
+        raise ValueError(f"{path} has no response for {len(missing)} of {len(items)} questions, first "
+                         f'{shown(name)}{order}; give "" as the response to count it as wrong')
     return [responses[key_of(item)] for item in items]
 
 
@@ -259,10 +260,10 @@ def read_responses(path: str | Path, items: Sequence[Item], others: bool = False
         _, swapped = key
         if key in responses:
             order = " (swapped)" if swapped else ""
-            raise ValueError(f"{where}: a second response for item {row['id']!r}{order}")
+            raise ValueError(f"{where}: a second response for item {shown(row['id'])}{order}")
         if key not in known and not others:
             order = " to swap" if swapped else ""
-            raise ValueError(f"{where}: the task has no item {row['id']!r}{order}")
+            raise ValueError(f"{where}: the task has no item {shown(row['id'])}{order}")
         responses[key] = response
     return responses
 
@@ -281,38 +282,24 @@ def _response(row: dict, where: str) -> Response:
     """A line's response; ValueError that names the line where its optional keys are wrong."""
     reason = row.get("finish_reason")
     if reason is not None and not isinstance(reason, str):
-        raise ValueError(f"{where}: finish_reason is {reason!r}, not a text or null")
+        raise ValueError(f"{where}: finish_reason is {shown(reason)}, not a text or null")
     tokens = row.get("tokens")
     if tokens is None:
         return Response(row["response"], None, reason)
     if type(tokens) is not int or not 0 <= tokens <= MOST_TOKENS:
-        raise ValueError(f"{where}: tokens is {tokens!r}, not a whole number from 0 to {MOST_TOKENS}")
+        raise ValueError(f"{where}: tokens is {shown(tokens)}, not a whole number from 0 to {MOST_TOKENS}")
     return Response(row["response"], range(tokens), reason)
 
 
 # ---- reading and writing
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yields ("FILE line N", object) for every line that is not blank; ValueError where a line is no JSON object.
-
-    A text with half a surrogate pair ("\\ud800") is a ValueError too: JSON allows it, but no file can hold it.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-    for number, line in enumerate(lines, 1):
+    """Yields ("FILE line N", object) for every line that is not blank; ValueError where a line is no JSON object."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where} holds {error.object[error.start]!r}, half a character") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise ValueError(f"{where} is not an object")
         yield where, row
@@ -337,10 +324,10 @@ def check_replaceable(path: Path, inputs: Mapping[str, str | Path | None], flag:
 
     `flag` is what names `path` on the command line.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, and a file is to be written there; give another name")
     for name, read in inputs.items():
-        if read and Path(read).exists() and path.exists() and path.samefile(read):
+        if read and os.path.exists(read) and os.path.exists(path) and path.samefile(read):
             raise ValueError(f"{path} is the file of --{name}, which would be replaced; give another {flag}")
 
 
@@ -360,7 +347,8 @@ def export_items(items: Sequence[Item], path: Path) -> int:
     folder = path.with_name(path.stem + "_images")
     lines = []
     for item in items:
-        row: dict[str, Any] = {"id": item.id, "images": [_write_image(image, folder) for image in item.images]}
+        owner = f"item {item.id!r:.80}"
+        row: dict[str, Any] = {"id": item.id, "images": [_write_image(image, folder, owner) for image in item.images]}
         if isinstance(item, Comparison):
             row["question"] = item.question
             row["responses"] = list(item.responses)
@@ -379,16 +367,11 @@ def export_items(items: Sequence[Item], path: Path) -> int:
     return len(lines)
 
 
-def _write_image(image: bytes | Path, folder: Path) -> str:
+def _write_image(image: bytes | Path, folder: Path, owner: str) -> str:
     """Copy an encoded picture into `folder` under its hash, once; returns the path relative to the folder's parent."""
     data = encoded_bytes(image)
-    try:
-        kind = Image.open(io.BytesIO(data)).format or "bin"
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        name = "a picture" if isinstance(image, bytes) else image
-        raise ValueError(f"cannot decode {name}: {error}") from None
-
-    path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind.lower()}"
+    kind = picture_format(image, owner)
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 from PIL import Image
 
+MOST_DECIMALS = 300                 # of a number that a float can hold
+DEEPEST = 100                       # lists and objects inside each other, in JSON
 ROWS = 16                           # rows of a parquet file in memory at a time: each may hold several pictures
 HIDDEN = (None, "", "?", "hidden")  # what data sets write in place of an answer that they keep to themselves
 ID_COLUMNS = ("id", "pid", "idx", "ID", "question", "query", "Text")        # what a row is named by, in this order
@@ -31,8 +34,8 @@ def data_path(name: str, directory: str | Path | None) -> Path:
     """`directory` as a path that exists; ValueError otherwise. `name` is the task's, for the message."""
     if directory is None:
         raise ValueError(f"task {name} reads its items from disk: give --data (directory)")
-    if not Path(directory).exists():
-        raise ValueError(f"{directory} does not exist")
+    if not os.path.exists(directory):                               # False for a name that no file can have
+        raise ValueError(f"{shown(str(directory), 200)[1:-1]} does not exist")
     return Path(directory)
 
 
@@ -54,8 +57,9 @@ def read_parquet(name: str, directory: str | Path | None, split: str, columns: S
                 present = [column for column in columns if column in file.schema_arrow.names]
                 for batch in file.iter_batches(batch_size=ROWS, columns=present):
                     yield from batch.to_pylist()
-        except (ArrowException, OSError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
+        except (ArrowException, OSError, ValueError, OverflowError) as error:
+            reason = (str(error).strip().splitlines() or ["damaged"])[0]
+            raise ValueError(f"cannot read {path}: {reason[:200]}") from None
 
 
 def parquet_files(directory: Path, split: str) -> list[Path]:
@@ -77,21 +81,93 @@ def parquet_files(directory: Path, split: str) -> list[Path]:
             parts.setdefault((path.parent, total), []).append(int(part[1]))
     for (folder, total), numbers in parts.items():
         if sorted(numbers) != list(range(total)):
-            raise ValueError(f"{folder} holds parts {sorted(numbers)} of {split}, not each of 0 to {total - 1} once")
+            held = shown(sorted(numbers))
+            raise ValueError(f"{folder} holds parts {held} of {split}, not each of 0 to {total - 1} once")
     return files
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text; ValueError where it cannot be read, or is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:                                     # UnicodeDecodeError, or a name with a null byte
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 def read_json(path: Path) -> Any:
     """A JSON file's content; ValueError where it is not JSON."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def read_rows(path: Path) -> dict[Any, dict]:
+    """The rows of a JSON file by their names, or, where it holds a list, by their numbers."""
+    content = read_json(path)
+    if isinstance(content, list):
+        content = dict(enumerate(content))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds neither an object nor a list of rows")
+    for name, row in content.items():
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: row {shown(name)} is {shown(row)}, not an object")
+    return content
+
+
+def parse_json(text: str, where: str) -> Any:
+    """What a JSON text holds; ValueError that begins with `where` if it is none.
+
+    Two things that a parser takes are refused: lists and objects more than DEEPEST deep, which nothing could print, and
+    half a surrogate pair ("\\ud800"), which no file can hold.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        value = json.loads(text)
+        if text.count("[") + text.count("{") > DEEPEST:
+            _check_depth(value)
+        if "\\ud" in text.lower():                                  # an escape: half a pair, or the whole of one
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds {error.object[error.start]!r}, half a character") from None
+    except RecursionError:
+        raise ValueError(f"{where} is not JSON: maximum recursion depth, lists or objects lie too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """RecursionError where lists and objects lie more than DEEPEST deep."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for entry in level:
+            inner += entry.values() if isinstance(entry, dict) else entry
+        level = [entry for entry in inner if isinstance(entry, (dict, list))]
+        if not level:
+            return
+    raise RecursionError
+
+
+def shown(value: Any, longest: int = 80) -> str:
+    """A value as a message shows it; a long one is cut in the middle."""
+    text = repr(value)
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]}...{text[-half:]}"
 
 
 def fingerprint(path: str | None) -> str | None:
     """Names, sizes and times of a file, or of the files in a folder; None for what is not on this disk."""
-    if path is None or not Path(path).exists():
+    if path is None or not os.path.exists(path):
         return None
     stats = []
     for file in sorted([Path(path), *Path(path).rglob("*")]):
@@ -110,6 +186,45 @@ def column(row: dict, name: str, null: bool = False) -> Any:
     if row[name] is None and not null:
         raise ValueError(f"row {row_name(row)!r} has nothing in column {name!r}")
     return row[name]
+
+
+def text_column(row: dict, name: str) -> str:
+    """A column that must hold a text."""
+    value = column(row, name)
+    if not isinstance(value, str):
+        raise ValueError(f"row {row_name(row)!r}: {name} is {shown(value)}, not a text")
+    return value
+
+
+def texts_column(row: dict, name: str) -> tuple[str, ...]:
+    """A column that must hold a list of texts."""
+    value = column(row, name)
+    if not is_texts(value):
+        raise ValueError(f"row {row_name(row)!r}: {name} is {shown(value)}, not a list of texts")
+    return tuple(value)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts."""
+    if not isinstance(value, (list, tuple)):
+        return False
+    return all(isinstance(entry, str) for entry in value)
+
+
+def group_columns(row: dict, source: Any, names: Sequence[str]) -> dict[str, str | list[str]]:
+    """Those of the columns `names` of `source`, a row or an object in it, that are filled, for reports to break figures
+    down by. ValueError that names the row for one that holds neither a text nor a list of texts."""
+    if not isinstance(source, dict):
+        raise ValueError(f"row {row_name(row)!r}: {shown(source)} is not an object")
+    group = {}
+    for name in names:
+        value = source.get(name)
+        if not value:
+            continue
+        if not isinstance(value, str) and not is_texts(value):
+            raise ValueError(f"row {row_name(row)!r}: {name} is {shown(value)}, not a text or a list of texts")
+        group[name] = value
+    return group
 
 
 def row_name(row: dict) -> str:
@@ -144,11 +259,11 @@ def encoded_image(value: Any, base: Path | None = None) -> bytes | Path | None:
         return value
 
     path = Path(value) if base is None else base / value
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     if base is None:
         return None
-    raise ValueError(f"the picture {path} does not exist")
+    raise ValueError(f"the picture {shown(str(path), 200)[1:-1]} does not exist")
 
 
 def _encode(picture: Image.Image) -> bytes:

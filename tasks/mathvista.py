@@ -9,13 +9,25 @@ spelling to whatever that gives, refusals included; here an answer that cannot b
 """
 from __future__ import annotations
 
-import math
 from itertools import islice
 from pathlib import Path
 
 from tasks import Item, Verdict
 from tasks.choices import LETTERS
-from tasks.loading import column, data_path, encoded_image, is_hidden, read_json, read_parquet, row_name
+from tasks.loading import (
+    MOST_DECIMALS,
+    column,
+    data_path,
+    encoded_image,
+    group_columns,
+    is_hidden,
+    read_parquet,
+    read_rows,
+    row_name,
+    shown,
+    text_column,
+    texts_column,
+)
 from tasks.values import check_answer, grade
 
 SPLIT = "testmini"
@@ -46,21 +58,20 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
         rows = read_parquet(name, path, split, COLUMNS)
         return [make_item(row) for row in islice(rows, limit)]
 
-    content = read_json(files[0])                                   # {pid: row}, or a list of rows
-    numbered = content.items() if isinstance(content, dict) else enumerate(content)
+    numbered = read_rows(files[0])
     folder = files[0].parent                                        # images/ is unpacked there or beside it
     base = folder if (folder / "images").is_dir() else folder.parent
-    return [make_item({"pid": str(pid), **row}, base) for pid, row in islice(numbered, limit)]
+    return [make_item({"pid": str(pid), **row}, base) for pid, row in islice(numbered.items(), limit)]
 
 
 def make_item(row: dict, base: Path | None = None) -> Item:
     """A row as an item; pictures that are only named lie below `base`."""
     kind = _answer_type(row)
-    choices = tuple(column(row, "choices")) if kind == "choice" else None
+    choices = texts_column(row, "choices") if kind == "choice" else None
     precision = _precision(row) if kind == "float" else None
     answer = column(row, "answer", null=True)
     image = encoded_image(row.get("decoded_image")) or encoded_image(row.get("image"), base)
-    text = row.get("query") or query(row, kind, choices, precision)
+    text = text_column(row, "query") if row.get("query") else query(row, kind, choices, precision)
     return check_answer(Item(
         id=str(row.get("pid", "")),
         task="mathvista",
@@ -79,24 +90,25 @@ def _answer_type(row: dict) -> str:
     if row.get("choices") or row.get("question_type") == "multi_choice" or kind == "text":
         return "choice"
     if column(row, "answer_type") not in ("integer", "float", "list"):
-        raise ValueError(f"row {row_name(row)!r} has the unknown answer_type {kind!r}")
+        raise ValueError(f"row {row_name(row)!r} has the unknown answer_type {shown(kind)}")
     return kind
 
 
 def _precision(row: dict) -> int | None:
     """The decimals that an answer is compared at; parquet files write NaN where there is no such number."""
     precision = column(row, "precision", null=True)
-    if precision is None or math.isnan(precision):
+    if precision is None or precision != precision:             # NaN alone differs from itself
         return None
+    if type(precision) not in (int, float) or not abs(precision) <= MOST_DECIMALS:
+        raise ValueError(f"row {row_name(row)!r}: precision is {shown(precision)}, not a number of decimals")
     return int(precision)
 
 
 def _group(row: dict) -> dict[str, str | list[str]]:
     """What reports break figures down by: columns of the row and of its metadata, as far as they are filled."""
-    metadata = row.get("metadata") or {}
-    group = {key: row[key] for key in ROW_GROUPS if row.get(key)}
-    group |= {key: metadata[key] for key in METADATA_GROUPS if metadata.get(key)}
-    return group
+    of_row = group_columns(row, row, ROW_GROUPS)
+    of_metadata = group_columns(row, row.get("metadata") or {}, METADATA_GROUPS)
+    return of_row | of_metadata
 
 
 def query(row: dict, kind: str, choices: tuple[str, ...] | None, precision: int | None) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tasks import Item, Verdict
 from tasks.choices import LETTERS, option_index
-from tasks.loading import column, encoded_image, is_hidden, read_parquet, row_name
+from tasks.loading import column, encoded_image, is_hidden, read_parquet, row_name, shown, text_column
 from tasks.values import check_answer, grade
 
 SPLIT = "validation"
@@ -52,7 +52,7 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
 def make_item(row: dict) -> Item:
     """A row as an item; several accepted answers (a list, or the text of one) stay several."""
     name = str(row.get("id", ""))
-    question = column(row, "question")
+    question = text_column(row, "question")
     kind = column(row, "question_type")
     answer = column(row, "answer", null=True)
     if is_hidden(answer):
@@ -63,7 +63,7 @@ def make_item(row: dict) -> Item:
         choices = tuple(_list(column(row, "options"), row))
         text = choice_prompt(question, choices)
         if answer:
-            answer = _option(answer, choices, row)
+            answer = _option(text_column(row, "answer"), choices, row)
     else:
         text = f"{question}\n{SAY}"
         if answer:
@@ -125,10 +125,10 @@ def _list(value: Any, row: dict) -> list[str]:
     if isinstance(value, str):
         try:
             values = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             values = None
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"row {row_name(row)!r}: {value!r} is not a list")
+        raise ValueError(f"row {row_name(row)!r}: {shown(value)} is not a list")
     return [str(entry) for entry in values]
 
 
@@ -136,7 +136,7 @@ def _option(letter: str, choices: Sequence[str], row: dict) -> str:
     """The text of the option that an answer's letter stands for."""
     k = option_index(letter, choices)
     if k is None:
-        raise ValueError(f"row {row_name(row)!r}: the answer {letter!r} is none of its {len(choices)} options")
+        raise ValueError(f"row {row_name(row)!r}: the answer {shown(letter)} is none of its {len(choices)} options")
     return choices[k]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.jsonl import write_whole
+from tasks.loading import read_json_object, shown
 from tasks.lock import Lock, take_lock
 
 
@@ -34,20 +35,17 @@ class Output:
         before = self._earlier_settings()
         for name, now in settings.items():
             if before.get(name) != now:
-                raise ValueError(f"{self.responses} holds answers of another run: {name} was {before.get(name)!r}, "
-                                 f"is {now!r}; give another --out")
+                raise ValueError(f"{self.responses} holds answers of another run: {name} was "
+                                 f"{shown(before.get(name))}, is {shown(now)}; give another --out")
 
     def _earlier_settings(self) -> dict[str, Any]:
         """What the settings' file holds; ValueError if it is not an object."""
         if not self.config.exists():
             return {}
         try:
-            settings = json.loads(self.config.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.config} is not JSON: {error}; give another --out") from None
-        if not isinstance(settings, dict):
-            raise ValueError(f"{self.config} does not hold a JSON object; give another --out")
-        return settings
+            return read_json_object(self.config)
+        except ValueError as error:
+            raise ValueError(f"{error}; give another --out") from None
 
     def begin(self) -> None:
         """Write the settings down, and cut off half a line that an interruption may have left of the responses."""

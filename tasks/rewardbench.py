@@ -18,7 +18,17 @@ from itertools import islice
 from pathlib import Path
 
 from tasks import Item, Verdict
-from tasks.loading import column, data_path, encoded_image, read_json, read_parquet, row_name
+from tasks.loading import (
+    column,
+    data_path,
+    encoded_image,
+    read_parquet,
+    read_rows,
+    row_name,
+    shown,
+    text_column,
+    texts_column,
+)
 from verifier import COMPARISON, parse_preference
 
 SPLIT = "test"
@@ -123,12 +133,12 @@ def load(name: str, directory: str | Path | None = None, split: str | None = Non
 def _load_vl(path: Path, split: str, limit: int | None) -> list[Comparison]:
     """VL-RewardBench's pairs; it gives some ids twice."""
     task = "vl_rewardbench"
-    times = Counter(row["id"] for row in read_parquet(task, path, split, ("id",)) if "id" in row)
+    times = Counter(str(row["id"]) for row in read_parquet(task, path, split, ("id",)) if "id" in row)
 
     items = []
     rows = read_parquet(task, path, split, VL_COLUMNS)
     for number, row in enumerate(islice(rows, limit)):
-        name = row.get("id", "")
+        name = str(row.get("id", ""))
         if times[name] > 1:
             name = f"{name}#{number}"
         items.append(make_item({**row, "task": task, "id": name}))
@@ -143,7 +153,7 @@ def _load_mm(path: Path, split: str, limit: int | None) -> list[Comparison]:
         rows = read_parquet(task, path, split, MM_COLUMNS)
         return [make_item({**row, "task": task}) for row in islice(rows, limit)]
 
-    rows = read_json(files[0])
+    rows = read_rows(files[0]).values()
     return [make_item({**row, "task": task}, base=files[0].parent) for row in islice(rows, limit)]
 
 
@@ -156,13 +166,14 @@ def make_item(row: dict, swapped: bool = False, base: Path | None = None) -> Com
 def _vl_pair(row: dict) -> Comparison:
     """A row of VL-RewardBench; `human_ranking` holds the rank, 0 or 1, of each response."""
     name = str(row.get("id", ""))
-    responses = column(row, "response")
+    responses = texts_column(row, "response")
     ranking = column(row, "human_ranking")
-    if len(responses) != 2 or sorted(ranking) != [0, 1]:
-        raise ValueError(f"row {row_name(row)!r}: needs 2 responses, ranked 0 and 1, not {len(responses)}, {ranking}")
+    if len(responses) != 2 or ranking not in ([0, 1], [1, 0]):
+        raise ValueError(f"row {row_name(row)!r}: needs 2 responses, ranked 0 and 1, not {len(responses)}, "
+                         f"{shown(ranking)}")
 
     image = encoded_image(row.get("image"))
-    question = column(row, "query").replace("<image>\n", "").replace("<image>", "")
+    question = text_column(row, "query").replace("<image>\n", "").replace("<image>", "")
     return Comparison(
         id=name,
         task="vl_rewardbench",
@@ -170,7 +181,7 @@ def _vl_pair(row: dict) -> Comparison:
         images=(image,) if image else (),
         group={"group": _vl_group(name)} if name else {},
         question=question,
-        responses=tuple(responses),
+        responses=responses,
         better=1 + ranking.index(0))
 
 
@@ -185,10 +196,10 @@ def _vl_group(name: str) -> str:
 def _mm_pair(row: dict, base: Path | None) -> Comparison:
     """A row of Multimodal RewardBench."""
     name = str(row.get("ID", ""))
-    better = column(row, "Better")
+    better = text_column(row, "Better")
     outputs = {"Output1": 1, "Output2": 2}
     if better not in outputs:
-        raise ValueError(f"row {row_name(row)!r}: Better is {better!r}, not Output1 or Output2")
+        raise ValueError(f"row {row_name(row)!r}: Better is {shown(better)}, not Output1 or Output2")
 
     image = encoded_image(row.get("Image"), base)
     return Comparison(
@@ -196,16 +207,17 @@ def _mm_pair(row: dict, base: Path | None) -> Comparison:
         task="mm_rewardbench",
         prompt=(),                                                  # show() writes it
         images=(image,) if image else (),
-        group=_mm_group(name, row.get("Category")),
-        question=column(row, "Text"),
-        responses=(column(row, "Output1"), column(row, "Output2")),
+        group=_mm_group(name, row),
+        question=text_column(row, "Text"),
+        responses=(text_column(row, "Output1"), text_column(row, "Output2")),
         better=outputs[better])
 
 
-def _mm_group(name: str, category: str | None) -> dict[str, str]:
+def _mm_group(name: str, row: dict) -> dict[str, str]:
     """Category, and the part of safety or reasoning that a pair is reported in."""
-    if not category:
+    if not row.get("Category"):
         return {}
+    category = text_column(row, "Category")
     if category not in MM_PARTS:
         return {"category": category, "split": category}
     start, part, other_part = MM_PARTS[category]

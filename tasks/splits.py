@@ -22,7 +22,19 @@ class Splits:
     @cached_property
     def by_id(self) -> dict[str, Item]:
         """The items that pairs are made of."""
-        return {item.id: item for item in self.train}
+        return by_id(self.train)
+
+
+class ItemsById(dict[str, Item]):
+    """Items by their ids. One that is not there is a ValueError: a run that is resumed may meet other data."""
+
+    def __missing__(self, name: str) -> Item:
+        raise ValueError(f"there is no item {name!r:.80} among those of the task: is the data that of the run's start?")
+
+
+def by_id(items: Sequence[Item]) -> ItemsById:
+    """The items by their ids."""
+    return ItemsById((item.id, item) for item in items)
 
 
 def split_items(items: Sequence[Item], gate: int, watch: int, held_out: int, seed: int,

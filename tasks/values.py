@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from tasks import Item, Verdict
 from tasks.answers import negated, plain, refuses, same, settled_text
 from tasks.choices import LETTERS, read_choice
+from tasks.loading import shown
 
 NOTHING_READ = Verdict(correct=False, answer=None)
 LONGEST_LIST = 5000                    # characters before the last "]" in which its "[" is looked for
@@ -61,20 +62,21 @@ def check_answer(item: Item) -> Item:
         return item
 
     if item.answer_type in ("integer", "float") and not _is_finite(answer):
-        raise ValueError(f"item {item.id!r}: the answer {answer!r} is not a number")
+        raise ValueError(f"item {shown(item.id)}: the answer {shown(answer)} is not a number")
 
     if item.answer_type == "list" and (not isinstance(answer, str) or read_list(answer) is None):
-        raise ValueError(f"item {item.id!r}: the answer {answer!r} is not a list written as in Python")
+        raise ValueError(f"item {shown(item.id)}: the answer {shown(answer)} is not a list written as in Python")
 
     if item.answer_type == "text":
         for text in [answer] if isinstance(answer, str) else answer:
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"item {item.id!r}: the answer {answer!r} is empty")
+                raise ValueError(f"item {shown(item.id)}: the answer {shown(answer)} is empty")
 
     if item.answer_type == "choice":
         known = any(same(choice, str(answer)) for choice in item.choices or ())
         if not known:
-            raise ValueError(f"item {item.id!r}: the answer {answer!r} is none of the choices {item.choices}")
+            choices = shown(item.choices, 200)
+            raise ValueError(f"item {shown(item.id)}: the answer {shown(answer)} is none of the choices {choices}")
     return item
 
 

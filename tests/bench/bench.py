@@ -78,8 +78,9 @@ from loop.run import Run
 from loop.survey import survey
 from loop.survey_flags import SurveyConfig
 from model import FAMILIES, VLM, generate, load_vlm, next_digits
-from model.checkpoint import load_weights, read_settings
+from model.checkpoint import load_weights
 from model.images import QwenImages
+from model.settings import read_settings
 from model.vlm import FeatureCache
 from replay import Pair
 from tasks import Item

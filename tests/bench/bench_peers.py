@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from model import FAMILIES
-from model.checkpoint import read_settings
+from model.settings import read_settings
 from published import CONFIGS, qwen3_vl
 from verifier import rubric_chat
 

@@ -151,7 +151,7 @@ def weight_scale(name: str, shape: torch.Size) -> float:
 def write_checkpoint(folder: Path, config: dict, seed: int = 0, layout: str = "published", shards: int = 1) -> Path:
     """A folder that load_vlm and transformers open. `layout`: the key names, "published" or "transformers 5"."""
     from model import FAMILIES
-    from model.checkpoint import read_settings
+    from model.settings import read_settings
     family = config["model_type"]
     folder.mkdir(parents=True, exist_ok=True)
     if family == "mllama":

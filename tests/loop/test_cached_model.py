@@ -35,3 +35,19 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert read_answers(path, {"model": "other"}) is None
     path.write_text(path.read_text().replace('"a"', '"b"'))
     assert read_answers(path, key) is None
+
+
+def test_what_cannot_be_read_is_asked_for_again(tmp_path: Path) -> None:
+    """Deeper than a parser goes, or as deep as it just goes; no text; a folder."""
+    key = {"model": "m"}
+    path = tmp_path / "answers.json"
+    write_answers(path, key, 1)
+    whole = path.read_text()
+    for depth in (600, 900, 950, 980, 100_000):
+        path.write_text(whole.replace('"value": 1', '"value": ' + "[" * depth + "]" * depth))
+        assert read_answers(path, key) is None
+    path.write_bytes(b"\xff\xfe")
+    assert read_answers(path, key) is None
+    path.unlink()
+    path.mkdir()
+    assert read_answers(path, key) is None

@@ -20,7 +20,7 @@ import judge
 import train
 from eval import load_task
 from loop import lengths
-from loop.lengths import answer_uses, fitting, outline_chat, picture_size, verifier_uses, why_too_long
+from loop.lengths import answer_uses, fitting, outline_chat, verifier_uses, why_too_long
 from loop.loading import processor_alone
 from loop.survey import survey
 from loop.survey_flags import SurveyConfig
@@ -28,6 +28,7 @@ from model import load_vlm
 from model.images import PictureReader
 from replay import Record
 from tasks import Item, open_image
+from tasks.pictures import FORMATS, picture_size
 from tasks.splits import split_items
 from tiny import CONFIGS, picture, write_checkpoint
 from verifier import VERDICTS, comparison_chat, rubric_chat
@@ -283,7 +284,7 @@ def test_the_bound_holds_where_normalization_adds_bytes(name: str) -> None:
         assert processor.count_tokens(chat) <= processor.most_tokens(chat)
 
 
-@pytest.mark.parametrize("form", lengths.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_sizes_come_from_headers(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of bytes and of files; no pixel is decoded."""
     path = tmp_path / "picture"

@@ -82,6 +82,18 @@ def test_what_cannot_be_meant() -> None:
             check_trainable(what, rank)
 
 
+def test_a_rank_above_a_layers_smaller_side(folder: Path) -> None:
+    """Nothing is adapted before all layers are looked at."""
+    vlm = load_vlm(folder)
+    sides = [min(layer.in_features, layer.out_features) for layer in vlm.decoder.layers.modules()
+             if hasattr(layer, "in_features")]
+    with pytest.raises(ValueError, match=f"--lora-rank {min(sides) + 1}: .* so at most {min(sides)} makes sense"):
+        set_trainable(vlm, "language", lora_rank=min(sides) + 1)
+    assert not adapters(vlm)
+    set_trainable(vlm, "language", lora_rank=min(sides))
+    assert adapters(vlm)
+
+
 def test_only_what_is_trained_gets_gradients(folder: Path) -> None:
     for given in ({"trainable": "layers:1-1"}, {"lora_rank": 2}, {"trainable": "all"}):
         vlm = opened(folder, **given)

@@ -277,7 +277,7 @@ def test_damaged_checkpoints(run: Run, damage: str) -> None:
         resumed(run).load()
 
 
-@pytest.mark.parametrize("line", [b"garbage", b"[1]", b"{}", b'{"step": "x"}', b"\xff"])
+@pytest.mark.parametrize("line", [b"garbage", b"[1]", b"{}", b'{"step": "x"}', b"\xff", b"[" * 100_000])
 def test_a_damaged_log(run: Run, line: bytes) -> None:
     path = run.folder / "metrics.jsonl"
     path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from model import FAMILIES, VLM
-from model.checkpoint import read_settings
+from model.settings import read_settings
 from published import CONFIGS as PUBLISHED
 from tiny import CONFIGS as TINY
 

@@ -12,11 +12,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from model import FAMILIES, VLM, generate, load_vlm, next_digits
-from model.checkpoint import read_settings
 from model.mllama import CrossAttention, CrossLayer, Mllama
 from model.pairs import pack_pairs
 from model.processor import Chat
 from model.sampler import banned_tokens
+from model.settings import read_settings
 from model.vlm import FeatureCache
 from published import CONFIGS as PUBLISHED
 from tiny import chat, load_like_transformers, mllama_config, picture, preprocessor_config, write_checkpoint

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from golden.make import PREPROCESSING
 from model import FAMILIES
-from model.checkpoint import read_settings
+from model.settings import read_settings
 from model.vlm import VLM
 from published import CONFIGS, PARAMETERS, TENSORS
 from tiny import (

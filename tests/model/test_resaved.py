@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import load_vlm, save_vlm
-from model.checkpoint import Settings, read_settings, rope_settings
+from model.settings import Settings, read_settings, rope_settings
 from tiny import CONFIGS, chat, example_chats, load_reference, picture, reference_inputs, write_checkpoint
 
 TOLERANCE = 1e-4                                        # largest difference over largest logit

@@ -37,8 +37,9 @@ from torch import Tensor
 
 from golden.make import PREPROCESSING
 from model import FAMILIES
-from model.checkpoint import INDEX, read_settings, tensor_files
-from model.processor import load_tokenizer
+from model.checkpoint import INDEX, tensor_files
+from model.settings import read_settings
+from model.tokenizer import load_tokenizer
 from tiny import disk_name
 from verifier import CANDIDATE, COMPARISON, RUBRIC
 

@@ -1,0 +1,101 @@
+"""Encoded pictures: reading their bytes, and decoding them in one place.
+
+Data sets hold pictures that were cut short, damaged, or made to do harm. Pillow's decoders answer such bytes with
+errors of many kinds; `open_image` makes them one: a ValueError that names the picture.
+"""
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # Pillow knows forty more, many of them hardly tested
+PLAIN_MODES = ("RGB", "L")                                  # whose conversion cannot fail
+LONGEST_REASON = 200                                        # characters of a decoder's message that are shown
+# What Pillow's decoders raise on damaged bytes; LookupError: IndexError and KeyError, RuntimeError: NotImplementedError
+# too, ArithmeticError: OverflowError and ZeroDivisionError. MemoryError: a file that asks for absurd buffers.
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, LookupError, EOFError,
+                  ArithmeticError, AssertionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or its decoders' complaints go to stderr beside the error
+
+
+def encoded_bytes(source: bytes | Path) -> bytes:
+    """An encoded picture's bytes, read from its file where it is a path; ValueError where that cannot be read."""
+    if isinstance(source, bytes):
+        return source
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the picture {source}: {error.strerror}") from None
+
+
+def open_image(source: bytes | Path, owner: str = "") -> Image.Image:
+    """Decode an encoded picture; a broken or a vast one is a ValueError.
+
+    It names the file where `source` is a path, and else says that it is a picture of `owner` ("item 'q1'").
+    """
+    encoded = io.BytesIO(encoded_bytes(source))
+    with _decoding(source, owner):
+        image = Image.open(encoded, formats=FORMATS)
+        image.load()
+        _check_conversion(image)
+    return image
+
+
+def picture_size(source: bytes | Path, owner: str = "") -> tuple[int, int]:
+    """(width, height) of an encoded picture, by its header; the same errors as `open_image`."""
+    with _decoding(source, owner):
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            return image.size
+
+
+def picture_format(source: bytes | Path, owner: str = "") -> str:
+    """The format of an encoded picture, "png", by its beginning alone; the same errors as `open_image`."""
+    encoded = io.BytesIO(encoded_bytes(source))
+    with _decoding(source, owner):
+        return str(Image.open(encoded, formats=FORMATS).format).lower()
+
+
+@contextmanager
+def _decoding(source: bytes | Path, owner: str) -> Iterator[None]:
+    """Whatever a decoder raises inside becomes a ValueError that names the picture.
+
+    Warnings are not shown: they tell of damaged metadata, say, of a picture that can be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot decode {_name(source, owner)}: it is not {' or '.join(FORMATS)}") from None
+    except DECODER_ERRORS as error:
+        raise ValueError(f"cannot decode {_name(source, owner)}: {_reason(error)}") from None
+
+
+def _check_conversion(image: Image.Image) -> None:
+    """Convert as a model's preprocessing will, here where the picture's name is known: with a damaged palette or
+    transparent colour it is only this that fails."""
+    has_transparency = "A" in image.getbands() or "transparency" in image.info
+    if has_transparency or image.mode not in PLAIN_MODES:
+        image.convert("RGBA" if has_transparency else "RGB")
+
+
+def _name(source: bytes | Path, owner: str) -> str:
+    """What a message calls the picture."""
+    if isinstance(source, Path):
+        return f"the picture {source}"
+    return f"a picture of {owner}" if owner else "a picture"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a decoder says, cut short; its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:LONGEST_REASON] if lines else type(error).__name__
