@@ -18,13 +18,15 @@ on. Own answers are compared as points: chance may block. Intervals are 95 %. St
 
 A record is one scored candidate: {"item": str, "correct": bool, "score": number in [0, 1] or null}.
 Optional keys: text, truncated, candidate_*, greedy_*, own_*, seconds, tokens (see class Record).
-Exit status: 0 PASS (of any verifier), 3 BLOCK, 2 usage, 1 models could not be asked.
+Exit status: 0 PASS (of any), 3 BLOCK, 2 what the caller can mend (a flag, a file), 1 all else.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
+import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +45,8 @@ NEEDED_MIXED = 35               # mixed pairs that show q = 0.8 at least 19 time
 NEARLY = 0.05                   # a cheaper verifier must be shown to lack less agreement than this
 RATES = {"truncated": "truncation_rate", "candidate_parsed": "answer_parse_rate",
          "candidate_truncated": "answer_truncation_rate"}
+MENDABLE = (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
+            PermissionError, argparse.ArgumentError)        # errors of the caller's: exit 2
 ITEM_RATES = {"own_correct": "own_answer_accuracy", "own_parsed": "own_parse_rate",
               "own_truncated": "own_truncation_rate", "greedy_correct": "greedy_accuracy",
               "greedy_parsed": "greedy_parse_rate", "greedy_truncated": "greedy_truncation_rate"}
@@ -116,7 +120,6 @@ def clustered_ratio(pairs: Iterable[tuple[float, float]]) -> Figure:
     df = max(m - 1, 1)
     trials = math.fsum(b for _, b in items)
     share = math.fsum(a for a, _ in items) / trials
-
     tenth = 0.1 / m                                 # of an average item, as a share of the trials
     residuals = [(a - share * b) / trials for a, b in items]
     squares = math.fsum(residual ** 2 for residual in residuals)
@@ -124,7 +127,6 @@ def clustered_ratio(pairs: Iterable[tuple[float, float]]) -> Figure:
     variance = squares * m / df
     smooth_share = (share + tenth) / (1 + 2 * tenth)
     effective = smooth_share * (1 - smooth_share) / variance
-
     t = Z + (Z ** 3 + Z) / (4 * df)                 # Student's quantile to the order 1 / df
     w = t * t / min(effective, trials)              # Wilson's interval in terms of t^2 / trials
     centre = share + w / 2
@@ -219,9 +221,8 @@ def gather_records(items: Sequence[Any], *, greedy: Call, sample: Call, score: C
             record: Any = {"item": item.id, "correct": candidate.pop("candidate_correct"),
                            "score": verdict.value, "text": completion.text,
                            "truncated": bool(verdict.truncated), **candidate, **answers}
-            for cost in ("seconds", "tokens"):
-                if getattr(verdict, cost, None) is not None:
-                    record[cost] = getattr(verdict, cost)
+            costs = {cost: getattr(verdict, cost, None) for cost in ("seconds", "tokens")}
+            record |= {cost: value for cost, value in costs.items() if value is not None}
             records.append(record)
     return records
 
@@ -255,7 +256,6 @@ def check_record(record: Any) -> None:
     """ValueError that says what is wrong with a record."""
     if not isinstance(record, dict) or not {"item", "correct", "score"} <= record.keys():
         raise ValueError(f"a record is an object with item, correct and score, not {record!r:.80}")
-
     for key in ("item", "correct", "text", *RATES, *ITEM_RATES):
         value = record.get(key)
         if value is None and key not in ("item", "correct"):
@@ -320,7 +320,6 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float) -> Me
         groups[record["item"]].append(record)
     if not groups:
         raise ValueError("no records to measure")
-
     rows = list(groups.values())
     counts: dict[str, list[tuple[int, int]]] = defaultdict(list)    # name -> (a, b) of each item
     for row in rows:
@@ -328,13 +327,11 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float) -> Me
             counts[name].append(count)
     mean_accuracy = [right / size for right, size in counts["baseline_accuracy"]]
     picked_accuracy = [right / size for right, size in counts.pop("picked, right")]
-
     balanced = balanced_ratio(counts.pop("agreement, right"), counts.pop("agreement, wrong"))
     figures = {name: clustered_ratio(items) for name, items in counts.items()}
     for key, name in ITEM_RATES.items():            # the same in all records of an item
         known = _known_values((row[0] for row in rows), key)
         figures[name] = proportion(known.count(True), len(known))
-
     pairs = label_pairs(groups, pair_rule)
     at_tau = _direction(pairs, min_margin)
     return {
@@ -355,14 +352,12 @@ def _count_candidates(row: Sequence[Record]) -> dict[str, tuple[int, int]]:
     of_right = [agrees(record["score"], True) for record in row if record["correct"]]
     of_wrong = [agrees(record["score"], False) for record in row if not record["correct"]]
     counts = {
-        "baseline_accuracy": (len(of_right), size),
+        "baseline_accuracy": (len(of_right), size), "parse_rate": (len(scores), size),
         "rubric_accuracy": (sum(of_right) + sum(of_wrong), size),
         "agreement, right": (sum(of_right), len(of_right)),
         "agreement, wrong": (sum(of_wrong), len(of_wrong)),
         "accept_rate": (sum(score >= ACCEPT for score in scores), size),
-        "parse_rate": (len(scores), size),
-        "picked, right": (sum(picked), len(picked)),
-    }
+        "picked, right": (sum(picked), len(picked))}
     for key, name in RATES.items():
         known = _known_values(row, key)
         counts[name] = (known.count(True), len(known))
@@ -464,9 +459,8 @@ def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = Tr
         faults.append(f"no gain: {outcome}")
     if trained and change["low"] <= min_low:
         faults.append(f"a change of {min_low:+g} is not excluded: {outcome}")
-    if faults:
-        return Decision("REJECT", faults, measures)
-    return Decision("PROMOTE", [f"a gain: {outcome}"], measures)
+    verdict = "REJECT" if faults else "PROMOTE"
+    return Decision(verdict, faults or [f"a gain: {outcome}"], measures)
 
 
 # ---- ranking of verifiers
@@ -512,7 +506,6 @@ def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
     passed = [name for name, report in reports.items() if report["verdict"] == "PASS"]
     best = max(passed or reports, key=lambda name: fmean(agreement[name].values()))
     least = min(report.get("seconds_per_verdict", 0) for report in reports.values())
-
     ranked = {}
     near = []
     for name, report in reports.items():
@@ -522,7 +515,6 @@ def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
         ranked[name] = report | {"cost": cost, "difference_from_best": difference}
         if name in passed and (name == best or difference["low"] > -NEARLY):
             near.append(name)
-
     pick = best if passed else None
     if passed and least:
         pick = min(near, key=lambda name: ranked[name]["cost"])
@@ -540,8 +532,8 @@ def _advice(reports: dict[str, Report], passed: list[str], best: str, pick: str 
         return (f"{pick} is recommended: of {len(reports)} verifiers measured no other passes, so "
                 "what more or less verifier compute would buy was not measured.")
     gap: Figure = reports[pick]["difference_from_best"]
-    distance = format_figure(gap, "+.3f")
-    near = "it is the best" if pick == best else f"{distance} from the best, {best}"
+    off = format_figure(gap, "+.3f")
+    near = "it is the best" if pick == best else f"{off} from the best, {best}"
     why = (f"{pick} is recommended: of {len(passed)} verifiers that pass it is the cheapest whose "
            f"agreement is shown to be less than {NEARLY:g} below that of the best ({near})")
     if all(reports[name]["cost"] <= reports[pick]["cost"] for name in passed):
@@ -587,17 +579,15 @@ class Config:
     cache: str = flag("", "folder of what models answered (default: gate_cache beside the report)")
 
     def __post_init__(self) -> None:
-        given = {bool(value) for value in (self.student, self.verifier, self.task)}
-        if given != {not self.records}:             # all three without records, none with them
+        if {bool(flag) for flag in (self.student, self.verifier, self.task)} != {not self.records}:
             raise ValueError("give either --records, or all of --student, --verifier and --task")
-
         out = Path(self.out)
-        if out.is_dir():
-            raise ValueError(f"--out {out} is a folder; the report is a file")
+        folder = next(path for path in out.absolute().parents if path.exists())
+        if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"--out {out} is a folder, or no file can be written in {folder}")
         for name, paths in (("records", self.records), ("data", [self.data])):
             if out.exists() and any(Path(path).is_file() and out.samefile(path) for path in paths):
                 raise ValueError(f"--out {out} would replace a file of --{name}")
-
         for option in fields(self):
             value = getattr(self, option.name)
             low, high = option.metadata["range"]
@@ -609,9 +599,9 @@ class Config:
 
 def build_parser() -> argparse.ArgumentParser:
     """A parser with a flag for each field of Config; what is not given keeps its default there."""
-    parser = argparse.ArgumentParser(           # without its usage an error is one sentence
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS, usage=argparse.SUPPRESS)
     for option in fields(Config):
         name = "--" + option.name.replace("_", "-")
         text = option.metadata["help"]
@@ -631,49 +621,56 @@ def print_reports(reports: dict[str, Report]) -> None:
                "balanced_accuracy")
     costs = {"parameters": "{:,}", "seconds_per_verdict": "{:.4g}", "tokens_per_verdict": "{:.1f}",
              "cost": "{:.2f}x"}
-    for name in list(costs):
-        if any(report.get(name) is None for report in reports.values()):
-            del costs[name]                         # not known of all
+    for name in [name for name in costs if any(r.get(name) is None for r in reports.values())]:
+        del costs[name]                             # not known of all
     head = [f"{name:20}" for name in figures] + [f"{name:>19}" for name in costs]
     print("verdict", *head, "verifier", sep="  ")
-    order = sorted(reports, key=lambda name: -reports[name]["rubric_accuracy"]["value"])
-    for verifier in order:
-        report = reports[verifier]
+    order = sorted(reports.items(), key=lambda entry: -entry[1]["rubric_accuracy"]["value"])
+    for verifier, report in order:
         cells = [f"{format_figure(report.get(name)):20}" for name in figures]
         cells += [f"{form.format(report[name]):>19}" for name, form in costs.items()]
         print(f"{report['verdict']:7}", *cells, verifier, sep="  ")
-    for verifier in order:
-        print(f"\n{verifier}", *reports[verifier]["reasons"], sep="\n  - ")
+    for verifier, report in order:
+        print(f"\n{verifier}", *report["reasons"], sep="\n  - ", flush=True)
+
+
+def end(error: BaseException) -> int:
+    """Say in one line why the program ends; 2 where the caller can mend it, 1 for all else."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
+    asked = "models cannot be asked: " if isinstance(error, ModuleNotFoundError) else ""
+    shown = line if len(line) < 580 else f"{line[:350]} ... {line[-220:]}"
+    print(f"gate.py: {asked}{shown}", file=sys.stderr)
+    return 2 if isinstance(error, MENDABLE) else 1
+
+
+def interrupted(*_: Any) -> None:
+    os.write(2, b"\ngate.py: interrupted; the same command continues\n")
+    os._exit(1)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every verifier, from records or by asking models; returns the exit status."""
     from replay import select_pair
-    parser = build_parser()
-    try:
-        cfg = Config(**vars(parser.parse_args(argv)))
-        if not cfg.records:                         # what lies above this file is imported here
-            from eval import score as exact_match
-            from loop.survey import SurveyConfig, survey
-            questions = SurveyConfig(**{f.name: getattr(cfg, f.name) for f in fields(SurveyConfig)})
-    except ValueError as error:
-        parser.error(str(error))
-    except ModuleNotFoundError as error:
-        print(f"gate.py: models cannot be asked: {error}", file=sys.stderr)
-        return 1
-
     reports: dict[str, Report] = defaultdict(dict)  # by the verifier's name: its file or folder
     advice: Report = {}
     try:
+        given, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            raise ValueError(f"unrecognized arguments: {unknown}")
+        cfg = Config(**vars(given))
         records: dict[str, Sequence[Record]] = {path: read_records(path) for path in cfg.records}
-        if not cfg.records:
+        if not cfg.records:                         # what lies above this file is imported here
+            from eval import score as exact_match
+            from loop.flags import check_asking
+            check_asking(cfg)                       # before torch takes its seconds
+            from loop.survey import SurveyConfig, survey
+            questions = SurveyConfig(**{f.name: getattr(cfg, f.name) for f in fields(SurveyConfig)})
             cache = Path(cfg.cache or Path(cfg.out).parent / "gate_cache")
             for name, answers in survey(questions, cache).items():
                 reports[name] = {"parameters": answers.parameters}
                 records[name] = gather_records(
                     answers.items, greedy=answers.greedy, sample=answers.samples,
                     score=answers.verdicts, own=answers.own, correct=exact_match)
-
         for name, rows in records.items():
             measures = measure(rows, select_pair, cfg.min_margin)
             decision = decide_before(measures, cfg.rule, cfg.min_direction)
@@ -686,15 +683,18 @@ def main(argv: list[str] | None = None) -> int:
         aside.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         aside.replace(cfg.out)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"gate.py: {error}", file=sys.stderr)
-        return 2 if cfg.records else 1
-
-    print_reports(reports)
-    if advice:
-        print(f"\n{advice['recommendation']}")
+    except (*MENDABLE, OSError, MemoryError, ModuleNotFoundError) as error:
+        return end(error)
+    try:
+        print_reports(reports)
+        if advice:
+            print(f"\n{advice['recommendation']}", flush=True)
+    except BrokenPipeError:                         # `| head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0 if any(report["verdict"] == "PASS" for report in reports.values()) else 3
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)       # an exception can get lost in imports
+    signal.signal(signal.SIGTERM, interrupted)
     sys.exit(main())

@@ -76,7 +76,6 @@ class CachedModel:
         self.device = pick_device(cfg.device or None)
         self.dtype = activation_dtype(cfg.dtype, self.device)
         check_pixel_limits(self.folder, cfg.min_pixels, cfg.max_pixels)
-        cache.mkdir(parents=True, exist_ok=True)
 
         machine: str | int = torch.get_num_threads()
         if self.device.type == "cuda":

@@ -1,13 +1,15 @@
 """The flags that train.py and judge.py share. A program's own Config adds to them, and changes defaults where its
-models want others; tasks/flags.py turns either into a command line.
+models want others; tasks/flags.py turns either into a command line. And what gate.py has checked of its flags.
 """
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from tasks import TASKS
 from tasks.flags import check_pixel_range, check_ranges, flag
+from verifier import VERDICTS
 
 DTYPE_NAMES = ("float32", "bfloat16")
 
@@ -64,3 +66,12 @@ def check_trainable(what: str, lora_rank: int) -> None:
         raise ValueError(f"--trainable must be all, language or layers:A-B, not {what!r}")
     if lora_rank and what == "all":
         raise ValueError(f"--lora-rank {lora_rank} adapts the language model; it has no meaning with --trainable all")
+
+
+def check_asking(cfg: Any) -> None:
+    """ValueError for flags of gate.py (task, verdict, min_pixels, max_pixels) that it cannot check by itself."""
+    if cfg.task not in TASKS:
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {cfg.task!r}")
+    if cfg.verdict not in VERDICTS:
+        raise ValueError(f"--verdict must be one of {', '.join(VERDICTS)}, not {cfg.verdict!r}")
+    check_pixel_range(cfg.min_pixels, cfg.max_pixels)

@@ -20,11 +20,13 @@ import torch
 
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks, first_line
+from loop.saving import saving
 from model import save_vlm
 from model.checkpoint import read_settings, whole_folder
 from model.sampler import Completion, generate
 from model.vlm import VLM
 from tasks import Item
+from tasks.endings import check_can_write, say, writing
 from tasks.jsonl import write_whole
 
 C = TypeVar("C", bound=TrainingFlags)                   # the program's own Config
@@ -50,6 +52,7 @@ class Run(Generic[C]):
 
         if not cfg.resume:
             self._refuse(self.folder.exists())
+            check_can_write(self.folder, "--out")
         elif not (self.folder / "config.json").is_file():
             raise ValueError(f"cannot resume: {self.folder} is not a run, it holds no config.json")
 
@@ -59,6 +62,7 @@ class Run(Generic[C]):
         Raises ValueError that names the first field in which a resumed run differs; FileExistsError if another run has
         made the folder in the meantime.
         """
+        self.ranks.stop_after_step()                    # from here on there is a run to go on with
         settings = asdict(self.cfg)
         for name in NOT_COMPARED:
             del settings[name]
@@ -86,7 +90,7 @@ class Run(Generic[C]):
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.ranks.first:
-            print(text, flush=True)
+            say(text)
 
     def say_all(self, title: str, points: Iterable[str]) -> None:
         """Print a title and a list below it."""
@@ -97,7 +101,8 @@ class Run(Generic[C]):
     def log(self, row: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and print one line for people."""
         if self.ranks.first:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            path = self.folder / "metrics.jsonl"
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
         parts = ["step {:4d}".format(row["step"])]
@@ -133,7 +138,7 @@ class Run(Generic[C]):
         A checkpoint that exists is left as it is: a resumed run would only write the same again.
         """
         if self.ranks.first and not (self.checkpoints / name).exists():
-            with whole_folder(self.checkpoints / name) as folder:
+            with saving(self.checkpoints / name), whole_folder(self.checkpoints / name) as folder:
                 torch.save(state, folder / "state.pt")
 
             by_age = sorted(self.checkpoints.glob("step-*"))
@@ -183,7 +188,8 @@ class Run(Generic[C]):
         """Save a model as it would be deployed, in the dtype of the files it came from; returns its folder."""
         candidate = self.folder / "candidate"
         if self.ranks.first:
-            save_vlm(vlm, candidate, vlm.file_dtype)
+            with saving(candidate):
+                save_vlm(vlm, candidate, vlm.file_dtype)
         self.ranks.barrier()
         return candidate
 

@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from eval import load_task
 from loop.cached_model import AskConfig, CachedModel, CostedScore
-from tasks import TASKS, Item
-from tasks.flags import check_pixel_range
+from loop.flags import check_asking
+from loop.memory import enough_memory
+from tasks import Item
+from tasks.endings import check_can_write
 from tasks.jsonl import Response
-from verifier import VERDICTS
 
 T = TypeVar("T")
 
@@ -28,11 +29,7 @@ class SurveyConfig(AskConfig):
     items: int                                          # how many are asked about, of those with an answer
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {self.task!r}")
-        if self.verdict not in VERDICTS:
-            raise ValueError(f"--verdict must be one of {', '.join(VERDICTS)}, not {self.verdict!r}")
-        check_pixel_range(self.min_pixels, self.max_pixels)
+        check_asking(self)
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,13 @@ def survey(cfg: SurveyConfig, cache: Path) -> dict[str, Answers]:
         raise ValueError(f"no item of {cfg.task} has an answer to measure against")
     student = CachedModel(cfg.student, cfg, cache)
     verifiers = [CachedModel(name, cfg, cache) for name in cfg.verifier]
+    check_can_write(cache, "--cache")
+    with enough_memory(cfg):
+        return ask_all(items, student, verifiers)
 
+
+def ask_all(items: list[Item], student: CachedModel, verifiers: Sequence[CachedModel]) -> dict[str, Answers]:
+    """Ask the student, then one verifier after another; see survey."""
     greedy = student.greedy(items)
     samples = student.samples(items)
     student.forget()

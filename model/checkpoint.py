@@ -153,9 +153,9 @@ def rope_of_all_layers(text_config: Settings) -> Settings:
 def resolve_folder(path_or_hub_id: str | Path) -> Path:
     """A local folder as it is; otherwise a hub id, downloaded (weights as safetensors only)."""
     path = Path(path_or_hub_id)
-    if path.is_dir():
+    if os.path.isdir(path):                             # False for a name that is too long, where is_dir() raises
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) or path.exists():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) or os.path.exists(path):
         raise ValueError(f"{path_or_hub_id} is neither a folder nor a hub id (owner/name)")
 
     from huggingface_hub import snapshot_download

@@ -26,6 +26,7 @@ from PIL import Image
 from tasks import Item, Verdict, encoded_bytes
 from tasks.answers import same
 from tasks.choices import LETTERS, option_index
+from tasks.endings import writing
 from tasks.loading import column, data_path, encoded_image, row_name
 from tasks.mmmu import SAY, choice_prompt, interleave
 from tasks.rewardbench import Comparison, show
@@ -319,10 +320,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside its place, then rename it there: it is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(path)
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
 
 
 def _aside(path: Path) -> Path:
@@ -390,5 +392,7 @@ def _write_image(image: bytes | Path, folder: Path) -> str:
     path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind.lower()}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with writing(path):
+            _aside(path).write_bytes(data)
+            os.replace(_aside(path), path)                          # or an export cut short leaves half a picture
     return f"{folder.name}/{path.name}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def data_path(name: str, directory: str | Path | None) -> Path:
     """`directory` as a path that exists; ValueError otherwise. `name` is the task's, for the message."""
     if directory is None:
         raise ValueError(f"task {name} reads its items from disk: give --data (directory)")
-    if not Path(directory).exists():
+    if not os.path.exists(directory):           # False for a name that is too long, where Path.exists() raises
         raise ValueError(f"{directory} does not exist")
     return Path(directory)
 
