@@ -139,7 +139,7 @@ def test_a_demo_that_cannot_start_leaves_the_earlier_one(tmp_path: Path, monkeyp
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
     monkeypatch.setattr("sys.argv", [f"{script}.py", "--student" if script == "train" else "--verifier", "nope"])
-    assert (train.cli() if script == "train" else judge.cli()) == 1
+    assert (train.cli() if script == "train" else judge.cli()) == 2
     assert kept.read_text() == "mine" and [path.name for path in kept.parent.parent.iterdir()] == [kept.parent.name]
 
 
