@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             score_responses(cfg)
         else:
             items = load_scorable(cfg)
-            check_outputs(cfg, output_files(cfg.out or "runs/eval").report)
+            check_outputs(cfg, *vars(output_files(cfg.out or "runs/eval")).values())
             # Here and not above: whoever scores answers from elsewhere needs neither torch nor model/.
             from loop.loading import activation_dtype, frozen
             from loop.memory import enough_memory

@@ -23,6 +23,7 @@ Exit status: 0 PASS (of any), 3 BLOCK, 2 what the caller can mend (a flag, a fil
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -45,8 +46,8 @@ NEEDED_MIXED = 35               # mixed pairs that show q = 0.8 at least 19 time
 NEARLY = 0.05                   # a cheaper verifier must be shown to lack less agreement than this
 RATES = {"truncated": "truncation_rate", "candidate_parsed": "answer_parse_rate",
          "candidate_truncated": "answer_truncation_rate"}
-MENDABLE = (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
-            PermissionError, argparse.ArgumentError)        # errors of the caller's: exit 2
+USAGE = (ValueError, FileExistsError, argparse.ArgumentError)       # what the caller can mend, and
+NAMES = (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)   # OSErrors
 ITEM_RATES = {"own_correct": "own_answer_accuracy", "own_parsed": "own_parse_rate",
               "own_truncated": "own_truncation_rate", "greedy_correct": "greedy_accuracy",
               "greedy_parsed": "greedy_parse_rate", "greedy_truncated": "greedy_truncation_rate"}
@@ -459,8 +460,7 @@ def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = Tr
         faults.append(f"no gain: {outcome}")
     if trained and change["low"] <= min_low:
         faults.append(f"a change of {min_low:+g} is not excluded: {outcome}")
-    verdict = "REJECT" if faults else "PROMOTE"
-    return Decision(verdict, faults or [f"a gain: {outcome}"], measures)
+    return Decision("REJECT" if faults else "PROMOTE", faults or [f"a gain: {outcome}"], measures)
 
 
 # ---- ranking of verifiers
@@ -640,7 +640,7 @@ def end(error: BaseException) -> int:
     asked = "models cannot be asked: " if isinstance(error, ModuleNotFoundError) else ""
     shown = line if len(line) < 580 else f"{line[:350]} ... {line[-220:]}"
     print(f"gate.py: {asked}{shown}", file=sys.stderr)
-    return 2 if isinstance(error, MENDABLE) else 1
+    return 2 if isinstance(error, USAGE) or getattr(error, "errno", None) in NAMES else 1
 
 
 def interrupted(*_: Any) -> None:
@@ -683,7 +683,7 @@ def main(argv: list[str] | None = None) -> int:
         aside.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         aside.replace(cfg.out)
-    except (*MENDABLE, OSError, MemoryError, ModuleNotFoundError) as error:
+    except (*USAGE, OSError, MemoryError, ModuleNotFoundError) as error:
         return end(error)
     try:
         print_reports(reports)

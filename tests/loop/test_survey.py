@@ -107,7 +107,7 @@ class World:
             asked = "samples"
         self.calls.append((vlm.name, asked, len(chats)))
         if self.fail_at == len(self.calls):
-            raise ValueError("the power failed")
+            raise OSError("the power failed")
         assert self.opened <= how["batch_size"]                         # not the pictures of all items at once
         self.opened = 0
         self.clock += SECONDS[vlm.name] * len(chats)
