@@ -428,7 +428,7 @@ def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence],
 
     responses = jsonl.read_responses(path, items, others=True) if path.exists() else {}
     missing = [item for item in items if jsonl.key_of(item) not in responses]
-    with tqdm(total=len(items), initial=len(items) - len(missing), unit="item") as bar, path.open("a") as file:
+    with tqdm(total=len(items), initial=len(items) - len(missing), unit="item") as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start:start + batch_size]
             completions = generate([item.chat() for item in batch])
@@ -439,9 +439,8 @@ def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence],
                     "response": completion.text, "finish_reason": completion.finish_reason,
                     "tokens": len(completion.token_ids)}
                 lines.append(json.dumps(row) + "\n")
-            with writing(path):
+            with writing(path), path.open("a") as file:
                 file.write("".join(lines))
-                file.flush()
             bar.update(len(batch))
     return [responses[jsonl.key_of(item)] for item in items]
 
