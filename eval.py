@@ -9,16 +9,14 @@
 
 Judges (vl_rewardbench, mm_rewardbench, pairs in a JSON lines file) see every pair in both orders. --out is a folder,
 or a file X.json for the report with the others beside it: responses.jsonl, written as the model answers and reread
-after an interruption; answers.jsonl, what was asked, answered, extracted and judged; report.json.
-Scoring answers from elsewhere needs neither torch nor a model.
+after an interruption; answers.jsonl, what was asked, answered, extracted and judged; report.json. Scoring answers from
+elsewhere needs no torch. Exit status: 0 done; 2 what the caller can mend (a flag, or what it names); 1 anything else.
 """
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,12 +24,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":                      # before what takes its time: Ctrl-C is one line
+    from tasks.endings import end_on_signals, exit_with
+    end_on_signals("interrupted; the same command continues")
+
 from tasks import TASKS, Item, Verdict, jsonl, task_module
+from tasks.endings import EXPECTED, check_can_write, end, say, writing
 from tasks.flags import check_pixel_range, check_ranges, flag, parse_flags
 from tasks.jsonl import Response
 from tasks.loading import fingerprint, shown
 from tasks.output import Output, output_files
 from tasks.rewardbench import Comparison, both_orders, check_both_orders
+
+Figure = dict[str, Any]                         # {"value", "low", "high", "n"}: see gate.Figure
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,6 @@ class Answer:
     tokens: int | None
 
 
-Figure = dict[str, Any]                         # {"value", "low", "high", "n"}: see gate.Figure
-
-
 def main(argv: list[str] | None = None) -> int:
     """Export, or score answers from elsewhere, or ask a model and score what it says; returns the exit status."""
     cfg = parse_flags(Config, __doc__, argv)
@@ -94,17 +96,18 @@ def main(argv: list[str] | None = None) -> int:
             # Here and not above: whoever scores answers from elsewhere needs neither torch nor model/.
             from loop.lengths import TOO_LONG, answer_uses, fitting, with_unasked
             from loop.loading import activation_dtype, frozen
+            from loop.memory import enough_memory
             from model import generate, load_vlm
             from model.vlm import pick_device
             device = pick_device(cfg.device)
-            asked = fitting(items, answer_uses(cfg.model, cfg), cfg.skip_long)
-            vlm = frozen(load_vlm(cfg.model, device, activation_dtype(cfg.dtype, device)), cfg)
-            greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
-            completions = ask(asked, greedy, out, cfg.batch_size)
+            with enough_memory(cfg):
+                asked = fitting(items, answer_uses(cfg.model, cfg), cfg.skip_long)
+                vlm = frozen(load_vlm(cfg.model, device, activation_dtype(cfg.dtype, device)), cfg)
+                greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
+                completions = ask(asked, greedy, out, cfg.batch_size)
             finish(items, with_unasked(items, asked, completions, TOO_LONG), out)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    except EXPECTED as error:
+        return end("eval.py", error)
     return 0
 
 
@@ -113,7 +116,7 @@ def export(cfg: Config) -> None:
     path = Path(cfg.export)
     check_outputs(cfg, path)
     items = load_task(cfg.task, cfg.data, cfg.split, cfg.limit)
-    print(f"{jsonl.export_items(items, path)} items written to {cfg.export}")
+    say(f"{jsonl.export_items(items, path)} items written to {cfg.export}")
 
 
 def score_responses(cfg: Config) -> None:
@@ -131,10 +134,10 @@ def finish(items: Sequence[Item], completions: Sequence[Response], out: Output |
     """Score the completions, print the table, write the results."""
     answers = score_answers(items, completions)
     figures = report(items, answers)
-    print(table(figures))
+    say(table(figures))
     if out:
         write_results(out, items, answers, figures)
-        print(f"\n{out.report}  {out.answers}")
+        say(f"\n{out.report}  {out.answers}")
 
 
 # ---- items and their scores
@@ -151,8 +154,7 @@ def load_task(name: str, directory: str | Path | None = None, split: str | None 
     if not items:
         raise ValueError(f"no items of {name} in {directory}")
 
-    times = Counter(item.id for item in items)
-    [(most_frequent, count)] = times.most_common(1)
+    [(most_frequent, count)] = Counter(item.id for item in items).most_common(1)
     if count > 1:
         raise ValueError(f"item id {shown(most_frequent)} occurs {count} times in {directory}; ids must be unique")
     return items
@@ -220,10 +222,8 @@ def macro(figures: Sequence[Figure]) -> Figure:
     """The unweighted mean of shares, its interval from theirs: independent errors add in quadrature."""
     k = len(figures)
     value = sum(figure["value"] for figure in figures) / k
-    squares_below = [(figure["value"] - figure["low"]) ** 2 for figure in figures]
-    squares_above = [(figure["high"] - figure["value"]) ** 2 for figure in figures]
-    below = math.sqrt(sum(squares_below)) / k
-    above = math.sqrt(sum(squares_above)) / k
+    below = math.sqrt(sum((figure["value"] - figure["low"]) ** 2 for figure in figures)) / k
+    above = math.sqrt(sum((figure["high"] - figure["value"]) ** 2 for figure in figures)) / k
     n = sum(figure["n"] for figure in figures)
     return {"value": value, "low": value - below, "high": value + above, "n": n}
 
@@ -339,10 +339,12 @@ def table_line(name: str, figure: Figure) -> str:
 # ---- the files of a run
 
 def check_outputs(cfg: Config, *written: Path) -> None:
-    """ValueError where a file to be written is one that is read: --data's, --responses', --model's."""
+    """ValueError where a file cannot be written, or is one that is read: --data's, --responses', --model's."""
     inputs = {"data": cfg.data, "responses": cfg.responses, "model": cfg.model and Path(cfg.model, "config.json")}
+    flag = "--export" if cfg.export else "--out"
     for path in written:
-        jsonl.check_replaceable(path, inputs, flag="--export" if cfg.export else "--out")
+        jsonl.check_replaceable(path, inputs, flag)
+        check_can_write(path.parent, flag)
 
 
 def open_output(cfg: Config) -> Output:
@@ -396,24 +398,22 @@ def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence],
     path = out.responses
     responses = jsonl.read_responses(path, items, others=True) if path.exists() else {}
     missing = [item for item in items if jsonl.key_of(item) not in responses]
-    done = len(items) - len(missing)
-    with tqdm(total=len(items), initial=done, unit="item") as bar, path.open("a") as file:
+    with tqdm(total=len(items), initial=len(items) - len(missing), unit="item") as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start:start + batch_size]
             completions = generate([item.chat() for item in batch])
+            lines = []
             for item, [completion] in zip(batch, completions, strict=True):
                 responses[jsonl.key_of(item)] = completion
                 row = jsonl.item_keys(item) | {
-                    "response": completion.text,
-                    "finish_reason": completion.finish_reason,
-                    "tokens": len(completion.token_ids),
-                }
-                file.write(json.dumps(row) + "\n")
-            file.flush()
+                    "response": completion.text, "finish_reason": completion.finish_reason,
+                    "tokens": len(completion.token_ids)}
+                lines.append(json.dumps(row) + "\n")
+            with writing(path), path.open("a") as file:
+                file.write("".join(lines))
             bar.update(len(batch))
     return [responses[jsonl.key_of(item)] for item in items]
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))             # unwinds: what was answered is on disk
-    sys.exit(main())
+    exit_with(main)

@@ -27,6 +27,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,8 +47,8 @@ ACCEPT = 0.5                    # a score from here on says "right"
 MIN_DIRECTION = 0.5             # the q at which the mean update changes sign
 MARGINS = (0.0, 0.1, 0.25, 0.5, 0.75)           # at which q is told; all pairs are trained on
 LEAST_OF_CLASS = 20             # items with right (wrong) candidates, for an interval over both
-NO_PILOT = "a PASS is necessary, not sufficient: no pilot was run"
 NEARLY = 0.05                   # a cheaper verifier must be shown to lack less agreement than this
+ENDS = (ValueError, argparse.ArgumentError, ArithmeticError, MemoryError, OSError, ImportError)
 RATES = {"truncated": "truncation_rate", "candidate_parsed": "answer_parse_rate",
          "candidate_truncated": "answer_truncation_rate"}
 ITEM_RATES = {"own_correct": "own_answer_accuracy", "own_parsed": "own_parse_rate",
@@ -130,7 +131,6 @@ def clustered_ratio(pairs: Iterable[tuple[float, float]], alpha: float = ALPHA) 
     m = len(items)
     trials = math.fsum(b for _, b in items)
     share = math.fsum(a for a, _ in items) / trials
-
     tenth = 0.1 / m                                 # of an average item, as a share of the trials
     residuals = [(a - share * b) / trials for a, b in items]
     squares = math.fsum(residual ** 2 for residual in residuals)
@@ -138,7 +138,6 @@ def clustered_ratio(pairs: Iterable[tuple[float, float]], alpha: float = ALPHA) 
     variance = squares * m / max(m - 1, 1)
     smooth_share = (share + tenth) / (1 + 2 * tenth)
     effective = smooth_share * (1 - smooth_share) / variance
-
     t = quantile(alpha, max(m - 1, 1))
     w = t * t / min(effective, trials)              # Wilson's interval in terms of t^2 / trials
     centre = share + w / 2
@@ -279,7 +278,6 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float,
     rows = list(groups.values())
     clusters = {item: row[0].get("group") or f"item {item}" for item, row in groups.items()}
     names = list(clusters.values())
-
     counts: dict[str, list[tuple[int, int]]] = defaultdict(list)    # name -> (a, b) of each item
     for row in rows:
         for name, count in _count_candidates(row).items():
@@ -288,7 +286,6 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float,
     picked_accuracy = [right / size for right, size in counts.pop("picked, right")]
     summed = {name: _sum_clusters(names, items) for name, items in counts.items()}
     balanced = balanced_ratio(summed.pop("agreement, right"), summed.pop("agreement, wrong"))
-
     figures = {name: clustered_ratio(items) for name, items in summed.items()}
     for key, name in ITEM_RATES.items():            # the same in all records of an item
         known = [(row[0].get(key) is True, row[0].get(key) is not None) for row in rows]
@@ -416,9 +413,8 @@ def _check_agreement(measures: Measures) -> Check:
     agreement = measures["rubric_accuracy"]
     baseline = measures["baseline_accuracy"]
     holds = should_deploy_self_dpo(agreement["value"], baseline["value"])
-    advice = "use another verifier or mend its prompt"
-    if agreement["high"] >= baseline["low"]:
-        advice = "more items would settle it"
+    is_near = agreement["high"] >= baseline["low"]
+    advice = "more items would settle it" if is_near else "use another verifier or mend its prompt"
     return holds, (f"agreement (verdicts read: {measures['parse_rate']['value']:.1%}), "
                    f"{format_figure(agreement)}, is {'not ' if holds else ''}below the candidates' "
                    f"mean correctness, {format_figure(baseline)}{'' if holds else '; ' + advice}")
@@ -496,7 +492,6 @@ def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = Tr
                 "p_value": mcnemar(before, after), "p_gain": p_gain}
     outcome = (f"held-out accuracy went from {format_figure(old)} to {format_figure(new)}, "
                f"by {format_figure(change, '+.3f')}, exact one-sided McNemar p = {p_gain:.2g}")
-
     faults = [] if trained else ["nothing was trained"]
     if trained and (change["value"] or 0) <= 0:
         faults.append(f"no gain: {outcome}")
@@ -535,9 +530,8 @@ def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
     best = max(passed or reports, key=lambda name: fmean(agreement[name].values()))
     clusters = [group[item] for item in agreement[best]]
     least = min(report.get("seconds_per_verdict", 0) for report in reports.values())
-
     ranked = {}
-    near = []
+    near = []                                       # of those that pass
     for name, report in reports.items():
         shares = [agreement[name][item] for item in agreement[best]]
         difference = paired_difference(list(agreement[best].values()), shares, clusters)
@@ -545,7 +539,6 @@ def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
         ranked[name] = report | {"cost": cost, "difference_from_best": difference}
         if name in passed and (name == best or difference["low"] > -NEARLY):
             near.append(name)
-
     pick = best if passed else None
     if passed and least:
         pick = min(near, key=lambda name: ranked[name]["cost"])
@@ -582,22 +575,22 @@ class Config:
     min_direction: float = MIN_DIRECTION
 
     def __post_init__(self) -> None:
-        for name in ("min_margin", "min_direction"):
-            value = getattr(self, name)
+        for value in (self.min_margin, self.min_direction):
             if not 0 <= value <= 1:                 # or NaN
-                raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1], not {value}")
+                raise ValueError(f"margins and directions are in [0, 1], and {value} is not")
         out = Path(self.out)
-        if out.is_dir():
-            raise ValueError(f"--out {out} is a folder; the report is a file")
+        folder = next(path for path in out.absolute().parents if path.exists())
+        if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"--out {out} is a folder, or no file can be written in {folder}")
         if out.resolve() in [Path(path).resolve() for path in self.records]:
             raise ValueError(f"--out {out} would replace a file of --records")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """A parser of Config's flags; what is not given keeps its default there."""
-    parser = argparse.ArgumentParser(           # without its usage an error is one sentence
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage=argparse.SUPPRESS)
+        allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--records", nargs="+", help="JSON Lines files, one a verifier")
     parser.add_argument("--out", help="file of the report (default report.json)")
     parser.add_argument("--rule", choices=("ours", "paper"), help="default ours; paper: published")
@@ -606,8 +599,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def print_reports(reports: dict[str, Report]) -> None:
-    """Print the table, the best agreement first, and every verifier's reasons."""
+def print_reports(reports: dict[str, Report], advice: Report) -> None:
+    """Print the table, the best agreement first, every verifier's reasons, and the advice."""
     figures = ("rubric_accuracy", "baseline_accuracy", "own_answer_accuracy", "direction",
                "balanced_accuracy")
     costs = {"parameters": "{:,}", "seconds_per_verdict": "{:.4g}", "tokens_per_verdict": "{:.1f}",
@@ -615,15 +608,20 @@ def print_reports(reports: dict[str, Report]) -> None:
     for report in reports.values():                 # what is not known of all is left out
         costs = {name: form for name, form in costs.items() if report.get(name) is not None}
     head = [f"{name:20}" for name in figures] + [f"{name:>19}" for name in costs]
-    print("verdict", *head, "verifier", sep="  ")
-    order = sorted(reports, key=lambda name: -reports[name]["rubric_accuracy"]["value"])
-    for verifier in order:
-        report = reports[verifier]
+    lines = ["  ".join(["verdict", *head, "verifier"])]
+    order = sorted(reports.items(), key=lambda entry: -entry[1]["rubric_accuracy"]["value"])
+    for verifier, report in order:
         cells = [f"{format_figure(report.get(name)):20}" for name in figures]
         cells += [f"{form.format(report[name]):>19}" for name, form in costs.items()]
-        print(f"{report['verdict']:7}", *cells, verifier, sep="  ")
-    for verifier in order:
-        print(f"\n{verifier}", *reports[verifier]["reasons"], sep="\n  - ")
+        lines.append("  ".join([f"{report['verdict']:7}", *cells, verifier]))
+    for verifier, report in order:
+        lines.append("\n  - ".join([f"\n{verifier}", *report["reasons"]]))
+    if advice:
+        lines.append(f"\n{advice['recommendation']}")
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:                         # `| head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def judge(cfg: Config, records: dict[str, Sequence[Record]],
@@ -636,11 +634,24 @@ def judge(cfg: Config, records: dict[str, Sequence[Record]],
         measures = measure(rows, select_pair, cfg.min_margin, ALPHA / len(records))
         decision = decide_before(measures, cfg.rule, cfg.min_direction)
         if decision.verdict == "PASS" and cfg.rule == "ours":
-            decision.reasons.append(NO_PILOT)
+            decision.reasons.append("necessary, not sufficient: no pilot was run")
         reports[name] = {"verdict": decision.verdict, "reasons": decision.reasons, "rule": cfg.rule,
                          **(known or {}).get(name, {}), **measures}
     several = len(reports) > 1 or known
     return recommend(reports, records) if several else ({}, reports)
+
+
+def end(error: BaseException) -> int:
+    """Say in one line why the program ends; 2 where the caller can mend it, 1 for all else."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
+    shown = line if len(line) < 580 else f"{line[:350]} ... {line[-220:]}"
+    print(f"gate.py: {shown}", file=sys.stderr)
+    return 2 if isinstance(error, ENDS[:2]) else 1
+
+
+def interrupted(*_: Any) -> None:
+    os.write(2, b"\ngate.py: interrupted; the same command continues\n")
+    os._exit(1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -654,22 +665,16 @@ def main(argv: list[str] | None = None) -> int:
         add_flags(parser, SurveyConfig)
     except ModuleNotFoundError as error:            # a copy of this file decides from records
         unknown = f"models cannot be asked ({error}), so these flags are unknown"
-
-    parsed, others = parser.parse_known_args(argv)
-    given = vars(parsed)
-    own = {name: given.pop(name) for name in list(given) if name in Config.__dataclass_fields__}
     try:
-        cfg = Config(**own)
+        parsed, others = parser.parse_known_args(argv)
         if others:
             raise ValueError(f"{unknown}: {' '.join(others)}")
+        given = vars(parsed)
+        cfg = Config(**{name: given.pop(name) for name in vars(Config()) if name in given})
         if bool(cfg.records) == bool(given):
             raise ValueError("give either --records, or all of --student, --verifier and --task")
-        questions = SurveyConfig(**given) if given else None
-    except ValueError as error:
-        parser.error(str(error))
-
-    try:
-        if questions:
+        if given:
+            questions = SurveyConfig(**given)       # checked before torch takes its seconds
             from loop.survey import survey_and_judge
             from tasks.lock import take_lock
             _lock = take_lock(Path(f"{cfg.out}.lock"), cfg.out)     # until main() returns
@@ -682,16 +687,14 @@ def main(argv: list[str] | None = None) -> int:
         aside.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         aside.replace(cfg.out)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"gate.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-
-    print_reports(reports)
-    if advice:
-        print(f"\n{advice['recommendation']}")
+    except ENDS as error:
+        return end(error)
+    print_reports(reports, advice)
     passed = any(report["verdict"] == "PASS" for report in reports.values())
     return 0 if passed and advice.get("recommended", True) else 3
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)       # an exception can get lost in imports
+    signal.signal(signal.SIGTERM, interrupted)
     sys.exit(main())

@@ -16,17 +16,21 @@ one judgment an order, training on both orders' judgments, a loss that is a mean
 anew each iteration, and the stopping rule: stop when held-out accuracy has not risen. The best iteration is deployed.
 No answer of a training item is read, except for --pairs correct.
 
-Letters: B judgments.
+Exit status: 0 deployed; 3 no iteration was better; 2 what the caller can mend (a flag, or what it names); 1 anything
+else, Ctrl-C and SIGTERM included. Letters: B judgments.
 """
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+
+if __name__ == "__main__":                              # Ctrl-C while torch is imported: one line
+    from tasks.endings import end_on_signals, exit_with
+    end_on_signals("interrupted before the run began")
 
 import torch
 from torch import Tensor
@@ -217,12 +221,8 @@ def load_judge(run: Run) -> VLM:
 
 def sampling(cfg: Config, number: int) -> Sampling:
     """How the answers (`number` 0) and the judgments of iteration `number` are sampled."""
-    return {
-        "temperature": cfg.temperature,
-        "top_k": cfg.top_k,
-        "top_p": cfg.top_p,
-        "seed": iteration_seed(cfg, number),
-    }
+    seed = iteration_seed(cfg, number)
+    return {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "seed": seed}
 
 
 def iteration_seed(cfg: Config, number: int) -> int:
@@ -443,8 +443,8 @@ def cli() -> int:
         with replaced(DEMO_FOLDER, ("",), ranks):
             return main(replace(cfg, out=str(DEMO_FOLDER)), ranks)
 
-    return exit_status("judge.py", work, cfg.device)
+    return exit_status("judge.py", work, cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    exit_with(cli)

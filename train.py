@@ -12,20 +12,23 @@ the best- and the worst-scored candidate become a preference pair. DPO updates t
 pairs, against the student as it was at the start. Pairs with a large margin are replayed.
 Labels are read by the gates, the watch split and the log, never by anything that trains.
 
-Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 usage;
-1 anything else, SIGTERM included. Every draw is seeded by (--seed, round, what is drawn), so on a
-CPU a resumed run repeats an uninterrupted one bit for bit.
+Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 what the caller can
+mend (a flag, or what it names); 1 anything else, Ctrl-C and SIGTERM included. Every draw is seeded
+by (--seed, round, what is drawn), so on a CPU a resumed run repeats the whole one bit for bit.
 
 Letters in shape comments: B pairs.
 """
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":                          # Ctrl-C while torch is imported: one line
+    from tasks.endings import end_on_signals, exit_with
+    end_on_signals("interrupted before the run began")
 
 import torch
 from torch import Tensor
@@ -268,15 +271,9 @@ def sample(run: Run, student: VLM, items: Sequence[Item], number: int) -> list[l
     `number` (the round's, counted from 1; 0 for the gate) keeps the draws of rounds apart.
     """
     cfg = run.cfg
-    return run.ask(
-        student,
-        items,
-        "sampling",
-        n=cfg.k,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        seed=cfg.seed * 1000 + number,
-    )
+    seed = cfg.seed * 1000 + number
+    return run.ask(student, items, "sampling",
+                   n=cfg.k, temperature=cfg.temperature, top_p=cfg.top_p, seed=seed)
 
 
 def score(run: Run, verifier: VLM, items: Sequence[Item],
@@ -442,8 +439,8 @@ def cli() -> int:
             return main(replace(cfg, out=f"runs/{cfg.task}"), ranks)
         return main(cfg, ranks)
 
-    return exit_status("train.py", work, cfg.device)
+    return exit_status("train.py", work, cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    exit_with(cli)

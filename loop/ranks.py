@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -15,14 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loop.flags import TrainingFlags
+from loop.memory import enough_memory
 from model.vlm import pick_device
+from tasks.endings import EXPECTED, STOPPING, end, end_on_signals, is_first_process, say_last
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Interrupted(RuntimeError):
-    """SIGTERM arrived; raised on every rank at the same place."""
+    """SIGINT or SIGTERM arrived; raised on every rank at the same place."""
 
 
 class NonFinite(ArithmeticError):
@@ -51,12 +53,20 @@ class Ranks:
             with self._calling_others():
                 dist.init_process_group(backend)
 
-        self.stop_requested = False                     # SIGTERM arrived at this rank
+        self.stop_requested = False                     # SIGINT or SIGTERM arrived at this rank
         self.is_uninterrupted = False                   # inside `uninterrupted()`
-        signal.signal(signal.SIGTERM, self._on_sigterm)
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def stop_after_step(self) -> None:
+        """From now on SIGINT or SIGTERM lets the step that is under way be finished and saved. A second one does not.
+
+        Called once there is something to be saved; before, either ends the program at once.
+        """
+        for number in STOPPING:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True
+        end_on_signals("interrupted twice, ended at once; what was saved before is whole")
 
     def __enter__(self) -> Ranks:
         return self
@@ -77,7 +87,7 @@ class Ranks:
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """Inside, `map` goes on to its end even if SIGTERM has arrived."""
+        """Inside, `map` goes on to its end even if a signal has arrived."""
         self.is_uninterrupted = True
         try:
             yield
@@ -92,7 +102,7 @@ class Ranks:
     def map(self, function: Callable[[Sequence[T]], list[R]], items: Sequence[T], size: int, label: str) -> list[R]:
         """`function` over chunks of `size` items, chunk i on rank i mod world; every rank gets all results, in order.
 
-        The chunks do not depend on the number of ranks, so neither do the results. Raises Interrupted after SIGTERM,
+        The chunks do not depend on the number of ranks, so neither do the results. Raises Interrupted after a signal,
         except inside `uninterrupted()`.
         """
         chunks = [items[start:start + size] for start in range(0, len(items), size)]
@@ -148,22 +158,20 @@ class Ranks:
                 dist.barrier()
 
 
-def exit_status(program: str, work: Callable[[Ranks], int], device: str | None) -> int:
-    """The exit status of work(ranks). What can go wrong becomes one sentence and 2 (usage) or 1 (anything else)."""
+def exit_status(program: str, work: Callable[[Ranks], int], cfg: TrainingFlags) -> int:
+    """The exit status of work(ranks). What can go wrong becomes one sentence and its status: see tasks/endings.py."""
     try:
-        with Ranks(device) as ranks:
+        with enough_memory(cfg), Ranks(cfg.device) as ranks:
             return work(ranks)
     except Interrupted:
-        message = "stopped by SIGTERM; --resume continues from the newest checkpoint"
-        status = 1
-    except FileExistsError as error:
-        message = str(error)
-        status = 2
-    except (ValueError, OSError, ModuleNotFoundError, NonFinite, LostRank) as error:
-        message = str(error)
-        status = 1
-    print(f"{program}: {message}", file=sys.stderr)
-    return status
+        way_on = "--resume continues from the newest checkpoint"
+        if cfg.task is None:
+            way_on = "the demo starts over"
+        if is_first_process():
+            say_last(program, f"interrupted; {way_on}")
+        return 1
+    except (*EXPECTED, NonFinite, LostRank) as error:
+        return end(program, error)
 
 
 def first_line(error: BaseException) -> str:

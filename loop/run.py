@@ -22,11 +22,13 @@ import torch
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks, first_line
 from loop.run_files import LOCK, METRICS, SUMMARY, check_checkpoints, cut_metrics, outcome, remove_leftovers
+from loop.saving import saving
 from model import save_vlm
 from model.checkpoint import read_settings, whole_folder
 from model.sampler import Completion, generate
 from model.vlm import VLM
 from tasks import Item
+from tasks.endings import check_can_write, say, writing
 from tasks.jsonl import write_whole
 from tasks.lock import Lock, take_lock
 
@@ -54,6 +56,7 @@ class Run(Generic[C]):
 
         if not cfg.resume:
             self._refuse(self.folder.exists())
+            check_can_write(self.folder, "--out")
         else:
             self._reopen()
 
@@ -88,6 +91,7 @@ class Run(Generic[C]):
         Raises ValueError that names the first field in which a resumed run differs; FileExistsError if another run has
         made the folder in the meantime.
         """
+        self.ranks.stop_after_step()                    # from here on there is a run to go on with
         settings = self._flags() | identities
 
         taken = False
@@ -129,7 +133,7 @@ class Run(Generic[C]):
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.ranks.first:
-            print(text, flush=True)
+            say(text)
 
     def say_all(self, title: str, points: Iterable[str]) -> None:
         """Print a title and a list below it."""
@@ -140,7 +144,8 @@ class Run(Generic[C]):
     def log(self, row: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and print one line for people."""
         if self.ranks.first:
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            path = self.folder / METRICS
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
         parts = ["step {:4d}".format(row["step"])]
@@ -176,7 +181,7 @@ class Run(Generic[C]):
         A checkpoint that exists is left as it is: a resumed run would only write the same again.
         """
         if self.ranks.first and not (self.checkpoints / name).exists():
-            with whole_folder(self.checkpoints / name) as folder:
+            with saving(self.checkpoints / name), whole_folder(self.checkpoints / name) as folder:
                 torch.save(state, folder / "state.pt")
 
             by_age = sorted(self.checkpoints.glob("step-*"))
@@ -211,7 +216,8 @@ class Run(Generic[C]):
         """Save a model as it would be deployed, in the dtype of the files it came from; returns its folder."""
         candidate = self.folder / "candidate"
         if self.ranks.first:
-            save_vlm(vlm, candidate, vlm.file_dtype)
+            with saving(candidate):
+                save_vlm(vlm, candidate, vlm.file_dtype)
         self.ranks.barrier()
         return candidate
 

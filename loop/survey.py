@@ -11,9 +11,11 @@ from eval import load_task
 from eval import score as exact_match
 from loop.cached_model import CachedModel, CostedScore
 from loop.lengths import TOO_LONG, answer_uses, fitting, verifier_uses, with_unasked
+from loop.memory import enough_memory
 from loop.survey_flags import SurveyConfig
 from replay import Record, gather_records
 from tasks import Item
+from tasks.endings import check_can_write
 from tasks.jsonl import check_replaceable
 from tasks.splits import shared_pictures
 
@@ -48,6 +50,7 @@ def survey(cfg: SurveyConfig, cache: Path, fresh: bool = False) -> dict[str, Sur
         judged[name] = fitting(asked, verifier_uses(name, cfg, cfg.verdict), cfg.skip_long)
     student = CachedModel(cfg.student, cfg, cache)
     verifiers = [CachedModel(name, cfg, cache) for name in cfg.verifier]
+    check_can_write(cache, "--cache")
 
     greedy = with_unasked(items, asked, student.greedy(asked), TOO_LONG)
     samples = with_unasked(items, asked, student.samples(asked), [TOO_LONG] * cfg.k)
@@ -86,7 +89,8 @@ def survey_and_judge(cfg: SurveyConfig, out: Path, judge: Judge) -> tuple[Report
     check_replaceable(out, {"data": cfg.data}, flag="--out")
     cache = Path(cfg.cache or out.parent / "gate_cache")
 
-    surveyed = survey(cfg, cache)
+    with enough_memory(cfg):
+        surveyed = survey(cfg, cache)
     records = {name: of.records for name, of in surveyed.items()}
     known = {name: {"parameters": of.parameters, "too_long": of.too_long} for name, of in surveyed.items()}
     advice, reports = judge(records, known)
@@ -95,7 +99,8 @@ def survey_and_judge(cfg: SurveyConfig, out: Path, judge: Judge) -> tuple[Report
         return advice, reports
 
     told = "It was not measured again: too few other items have an answer."
-    fresh = survey(replace(cfg, verifier=[winner]), cache, fresh=True)
+    with enough_memory(cfg):
+        fresh = survey(replace(cfg, verifier=[winner]), cache, fresh=True)
     if fresh:
         _, again = judge({winner: fresh[winner].records}, None)
         report = again[winner]

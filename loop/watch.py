@@ -16,7 +16,7 @@ LEVEL = 0.05                                            # of a false warning, ov
 
 
 def evaluate_watch(run: Run, student: VLM, items: Sequence[Item]) -> list[Answer]:
-    """The student's greedy answers on the watch split. SIGTERM waits for them: the step before them is to be logged."""
+    """The student's greedy answers on the watch split. A signal waits for them: the step before them is to be saved."""
     with run.ranks.uninterrupted():
         return greedy_answers(run, student, items, "watching")
 

@@ -41,9 +41,9 @@ ADAM_MOMENTS = 2                                        # of each trained weight
 def resolve_folder(path_or_hub_id: str | Path) -> Path:
     """A local folder as it is; otherwise a hub id, downloaded (weights as safetensors only)."""
     path = Path(path_or_hub_id)
-    if os.path.isdir(path):                             # False for a name that no folder can have
+    if os.path.isdir(path):                             # False for a name that is too long, where is_dir() raises
         return path
-    if not re.fullmatch(r"[\w.-]{1,100}/[\w.-]{1,100}", str(path_or_hub_id)) or path.exists():
+    if not re.fullmatch(r"[\w.-]{1,100}/[\w.-]{1,100}", str(path_or_hub_id)) or os.path.exists(path):
         raise ValueError(f"{shown(str(path_or_hub_id))} is neither a folder nor a hub id (owner/name)")
 
     from huggingface_hub import snapshot_download

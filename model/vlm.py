@@ -264,9 +264,13 @@ def pick_device(name: str | torch.device | None) -> torch.device:
         raise ValueError(f"unknown device {name!r}: cpu, cuda and cuda:N are known")
     if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))       # LOCAL_RANK: torchrun's
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    number = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))     # LOCAL_RANK: torchrun's
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"device cuda:{number} was asked for, and there are {count}, counted from 0")
+    return torch.device("cuda", number)
 
 
 class FeatureCache:

@@ -8,7 +8,7 @@
             check_ranges(self)
     cfg = parse_flags(Config, __doc__)
 
-A ValueError of `__post_init__` is a usage error (exit 2), as an unknown flag is. Standard library only.
+A ValueError of `__post_init__` is a usage error (exit 2, see endings.py), as an unknown flag is. Standard library only.
 """
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import math
 import types
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tasks.endings import one_line
 
 C = TypeVar("C")                                # a Config
 PLACEHOLDERS = {int: "N", float: "X"}           # what --help shows for a flag's value; TEXT for the rest
@@ -75,7 +77,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence; the forty lines of usage are for --help."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message} (--help lists the flags)") + "\n")
 
 
 def build_parser(config: type, description: str | None) -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ from typing import Any
 from tasks import Item, Verdict
 from tasks.answers import same
 from tasks.choices import LETTERS, option_index
+from tasks.endings import writing
 from tasks.loading import (
     MOST_DECIMALS,
     column,
@@ -310,13 +311,19 @@ def write_whole(path: Path, text: str) -> None:
 
     Its name until then is nobody else's, so several processes, on several machines, may write the same file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """The same of bytes."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)                   # of a write that failed
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(content)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)               # of a write that failed
 
 
 def check_replaceable(path: Path, inputs: Mapping[str, str | Path | None], flag: str) -> None:
@@ -373,6 +380,5 @@ def _write_image(image: bytes | Path, folder: Path, owner: str) -> str:
     kind = picture_format(image, owner)
     path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write_bytes_whole(path, data)                   # or an export cut short leaves half a picture
     return f"{folder.name}/{path.name}"

@@ -47,7 +47,9 @@ SPRITES = (
 
 
 def load(name: str, directory: str | None = None, split: str | None = None, limit: int | None = None) -> list[Item]:
-    """The first `limit` items of a split; there is no end to them, so None means 4,096. `directory` is not needed."""
+    """The first `limit` items of a split; there is no end to them, so None means 4,096. There are no files."""
+    if directory is not None:
+        raise ValueError(f"the items of {name} are drawn: leave out --data {directory}")
     split = SPLITS[_split_number(split or "demo")]
     count = limit or DEFAULT_ITEMS
     return [make_item({"task": name, "index": index, "split": split}) for index in range(count)]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,15 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "true_shapes: one layer at a published model's widths, seconds each")
     config.addinivalue_line("markers", "cuda: needs a GPU, skipped without one")
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers() -> Iterator[None]:
+    """Programs take over Ctrl-C and SIGTERM; afterwards pytest has them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

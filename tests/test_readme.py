@@ -67,11 +67,13 @@ def parse(program: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> tu
     folder, name, entry = PROGRAMS[program]
     monkeypatch.syspath_prepend(str(ROOT / folder))
     module = importlib.import_module(name)
-    real = argparse.ArgumentParser.parse_args
+    real = argparse.ArgumentParser.parse_known_args                     # which parse_args calls, too
 
     def parse_and_stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        raise Parsed(vars(real(self, args, namespace)))
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        given, unknown = real(self, args, namespace)
+        assert not unknown
+        raise Parsed(vars(given))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [name, *words])
     with pytest.raises(Parsed) as parsed:
         getattr(module, entry)()

@@ -166,9 +166,9 @@ def test_a_judge_of_places_learns_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("flags, status, words", [
     (["--iterations", "0"], 2, "--iterations"), (["--pairs", "wrong"], 2, "--pairs"), (["--votes", "20"], 2, "--votes"),
     (["--data", "x"], 2, "--data"), (["--temperature", "0"], 2, "--temperature"), (["--unknown"], 2, "--unknown"),
-    (["--task", "red", "--verifier", "/nowhere", "--held-out-items", "8"], 1, "nowhere"),
-    (["--task", "jsonl", "--data", "/nowhere"], 1, "nowhere"), (["--task", "red", "--resume"], 1, "resume"),
-    (["--task", "red", "--held-out-items", "5000"], 1, "too few")])
+    (["--task", "red", "--verifier", "/nowhere", "--held-out-items", "8"], 2, "nowhere"),
+    (["--task", "jsonl", "--data", "/nowhere"], 2, "nowhere"), (["--task", "red", "--resume"], 2, "resume"),
+    (["--task", "red", "--held-out-items", "5000"], 2, "too few")])
 def test_bad_flags(flags: list[str], status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                    capsys: pytest.CaptureFixture) -> None:
     """One sentence, and nothing on disk."""
@@ -198,4 +198,4 @@ def test_pairs_are_no_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
     flags = ("--task", "jsonl", "--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "run"))
     status, said = said_by(monkeypatch, capsys, *flags)
-    assert status == 1 and "pairs" in said and not (tmp_path / "run").exists()
+    assert status == 2 and "pairs" in said and not (tmp_path / "run").exists()

@@ -16,6 +16,8 @@ from loop.run import Run, check_same, write_json
 from model.checkpoint import folder_digest, whole_folder
 from run_folder import Flags, names, resumed
 
+ON_CPU = Flags("")                                      # what exit_status reads of a program's flags
+
 # ---- processes
 
 @pytest.mark.parametrize("count, size", [(10, 3), (9, 3), (2, 64), (1, 1), (0, 4)])
@@ -64,6 +66,7 @@ def test_chunks_do_not_depend_on_the_processes() -> None:
 def test_map_stops_between_chunks(ranks: Ranks) -> None:
     """SIGTERM, from the system itself: the chunk that is under way is finished, no other is begun."""
     done = []
+    ranks.stop_after_step()
 
     def work(chunk: list[int]) -> list[int]:
         os.kill(os.getpid(), signal.SIGTERM) if 2 in chunk else None
@@ -105,12 +108,12 @@ def test_the_other_ranks_are_gone(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     two = Share(1, 2, [])
     monkeypatch.setattr("loop.ranks.Ranks", lambda device: two)
     for work in (lambda r: Ranks.gather(r, 1), lambda r: r.sum(torch.ones(1)), lambda r: r.barrier()):
-        assert exit_status("train.py", work, "cpu") == 1
+        assert exit_status("train.py", work, ON_CPU) == 1
         assert capsys.readouterr().err == "train.py: rank 1 cannot reach the other ranks: Connection closed by peer\n"
     with pytest.raises(LostRank):
         two.sum(torch.ones(1))
     with pytest.raises(RuntimeError, match="^shape$"):
-        exit_status("train.py", lambda r: closed_by_work(), "cpu")
+        exit_status("train.py", lambda r: closed_by_work(), ON_CPU)
 
 
 def closed_by_work() -> int:
@@ -206,7 +209,7 @@ def test_two_runs_of_one_folder(tmp_path: Path, ranks: Ranks, capsys: pytest.Cap
     first, second = (Run(Flags(str(tmp_path / "run")), ranks) for _ in range(2))
     first.start(reference="abc")
     first.save("step-000001-001", {"step": 1})
-    assert exit_status("train.py", lambda ranks: second.start(reference="abd"), "cpu") == 2
+    assert exit_status("train.py", lambda ranks: second.start(reference="abd"), ON_CPU) == 2
     assert capsys.readouterr().err == (
         f"train.py: {tmp_path / 'run'} exists; continue it with --resume, or choose another --out\n")
     assert names(tmp_path) == ["run"] and resumed(first).load() == {"step": 1}

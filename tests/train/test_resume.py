@@ -115,7 +115,7 @@ train.train_step = step"""
     done = spawn(["-c", DRIVER % breaking], *argv(config(out)))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1] == (
-        "train.py: stopped by SIGTERM; --resume continues from the newest checkpoint")
+        "train.py: interrupted; --resume continues from the newest checkpoint")
     assert state(out)["step"] == rows(out / "metrics.jsonl")[-1]["step"] == 7
     start(config(out, resume=True))
     same_run(whole, out)
@@ -262,7 +262,7 @@ def test_resume_refuses_other_weights(whole: Path, tmp_path: Path, role: str, fi
 def test_resume_needs_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "absent"):
-        assert command(monkeypatch, "--task", "bar", "--out", str(tmp_path / name), "--resume") == 1
+        assert command(monkeypatch, "--task", "bar", "--out", str(tmp_path / name), "--resume") == 2
         assert f"cannot resume: {tmp_path / name} is not a run" in one_sentence(capsys)
     assert tree(tmp_path) == {"empty": None}
 
