@@ -98,6 +98,8 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     try:
         sys.exit(main())
     finally:
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)           # the status is settled, the interpreter takes its time
         say(end="")                                         # what is still in the buffer
 
 
