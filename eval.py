@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             score_responses(cfg)
         else:
             items = load_scorable(cfg)
-            out = open_output(cfg)
+            out = planned_output(cfg)
             # Here and not above: whoever scores answers from elsewhere needs neither torch nor model/.
             from loop.lengths import TOO_LONG, answer_uses, fitting, with_unasked
             from loop.loading import activation_dtype, frozen
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                 asked = fitting(items, answer_uses(cfg.model, cfg), cfg.skip_long)
                 vlm = frozen(load_vlm(cfg.model, device, activation_dtype(cfg.dtype, device)), cfg)
                 greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
+                out.reopen(settings(cfg))           # not before: what is wrong with the model leaves nothing on disk
                 completions = ask(asked, greedy, out, cfg.batch_size)
             finish(items, with_unasked(items, asked, completions, TOO_LONG), out)
     except EXPECTED as error:
@@ -347,16 +348,15 @@ def check_outputs(cfg: Config, *written: Path) -> None:
         check_can_write(path.parent, flag)
 
 
-def open_output(cfg: Config) -> Output:
-    """The files of a run that asks a model, for this process alone, to go on where an earlier one stopped.
+def planned_output(cfg: Config) -> Output:
+    """The files of a run that asks a model; `reopen` makes them this process's own.
 
-    ValueError where another process writes them, or where they hold inputs or answers of other settings.
+    ValueError where another process writes them now, where they are inputs, or cannot be written.
     """
-    now = settings(cfg)
-    name = hashlib.sha256(json.dumps(now).encode()).hexdigest()[:8]
+    name = hashlib.sha256(json.dumps(settings(cfg)).encode()).hexdigest()[:8]
     out = output_files(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name[:80]}-{name}"))
-    check_outputs(cfg, out.report, out.answers, out.responses, out.config)
-    out.reopen(now)
+    check_outputs(cfg, *out.written)
+    out.check_unused()
     return out
 
 

@@ -579,9 +579,10 @@ class Config:
             if not 0 <= value <= 1:                 # or NaN
                 raise ValueError(f"margins and directions are in [0, 1], and {value} is not")
         out = Path(self.out)
-        folder = next(path for path in out.absolute().parents if path.exists())
-        if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f"--out {out} is a folder, or no file can be written in {folder}")
+        folder = next(path for path in out.absolute().parents if os.path.exists(path))
+        can_hold = folder.is_dir() and os.access(folder, os.W_OK) and len(out.name) <= 200
+        if not can_hold or out.is_dir():
+            raise ValueError(f"--out {out} is a folder, or a file that {folder} cannot hold")
         if out.resolve() in [Path(path).resolve() for path in self.records]:
             raise ValueError(f"--out {out} would replace a file of --records")
 
@@ -637,8 +638,7 @@ def judge(cfg: Config, records: dict[str, Sequence[Record]],
             decision.reasons.append("necessary, not sufficient: no pilot was run")
         reports[name] = {"verdict": decision.verdict, "reasons": decision.reasons, "rule": cfg.rule,
                          **(known or {}).get(name, {}), **measures}
-    several = len(reports) > 1 or known
-    return recommend(reports, records) if several else ({}, reports)
+    return recommend(reports, records) if len(reports) > 1 or known else ({}, reports)
 
 
 def end(error: BaseException) -> int:

@@ -23,6 +23,16 @@ class Output:
     settings: dict[str, Any] = field(default_factory=dict)      # what the answers depend on
     held: Lock | None = None
 
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """The files that an evaluation writes."""
+        return self.report, self.answers, self.responses, self.config
+
+    def check_unused(self) -> None:
+        """ValueError where another process writes these files. It looks before a model is loaded, and holds nothing."""
+        if self.lock.exists():
+            take_lock(self.lock, self.report)
+
     def reopen(self, settings: Mapping[str, Any]) -> None:
         """Keep other processes out, and make sure that what is there was answered under the same settings.
 

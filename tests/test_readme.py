@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from loop.survey_flags import SurveyConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 FOLDERS = ("loop", "tasks", "model", "tests")
@@ -89,7 +91,13 @@ def test_commands_are_accepted(page: str, program: str, words: list[str], monkey
         assert importlib.util.find_spec(program.removeprefix("-m "))
         return
     module, arguments = parse(program, words, monkeypatch)
-    if hasattr(module, "Config"):
+    if program == "gate.py":
+        own = {entry.name for entry in fields(module.Config)}
+        asking = {name: value for name, value in arguments.items() if name not in own}
+        module.Config(**{name: value for name, value in arguments.items() if name in own})
+        if asking:
+            SurveyConfig(**asking)
+    elif hasattr(module, "Config"):
         module.Config(**arguments)
 
 
@@ -110,7 +118,7 @@ def known_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         monkeypatch.syspath_prepend(str(ROOT / folder))
         module = importlib.import_module(name)
         if hasattr(module, "Config"):
-            for entry in fields(module.Config):
+            for entry in [*fields(module.Config), *fields(SurveyConfig)]:
                 flag = entry.name.replace("_", "-")
                 flags.add("--" + flag)
                 if entry.type in (bool, "bool"):

@@ -286,6 +286,8 @@ def read_summary(folder: Path) -> Row:
     rounds = []
     for counts in summary["rounds"]:
         rounds.append([counts[name] for name in ("pairs", "above_margin", "mixed", "right_way")])
+    measures = {name: short_figure(before[name]) for name in MEASURES}
+    measures["direction"] = short_figure(before["direction_at_margin"])         # q(tau), as in all lines
     by_margin = []
     for entry in before["direction_by_margin"]:
         q = short_figure(entry["direction"])[0]
@@ -304,7 +306,7 @@ def read_summary(folder: Path) -> Row:
         "steps": summary["steps"],
         "warnings": len(summary["warnings"]),
         "rounds": rounds,
-        "measures": {name: short_figure(before[name]) for name in MEASURES},
+        "measures": measures,
         "by_margin": by_margin,
     }
 

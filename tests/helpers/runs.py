@@ -18,6 +18,7 @@ import train
 from eval import load_task
 from loop.ranks import Ranks
 from loop.run import Run
+from loop.run_files import LOCK
 from tasks import Item
 from train import Config
 
@@ -87,8 +88,12 @@ def spawn(program: Sequence[str], *words: str) -> subprocess.CompletedProcess[st
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its bytes, and every folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    """Every file below a folder with its bytes, and every folder; not a lock that this process still holds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name != LOCK:
+            found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return found
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -178,11 +178,11 @@ def test_write_json_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
         write_json(path, {"a": float("nan")})                           # not JSON
     assert json.loads(path.read_text()) == {"a": 1} and path.read_text().endswith("\n")
 
-    def torn(self: Path, text: str, **_: Any) -> None:
-        with open(self, "w") as file:
-            file.write(text[:3])
+    def torn(self: Path, content: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(content[:3])
         raise OSError("disk full")
-    monkeypatch.setattr(Path, "write_text", torn)
+    monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(OSError, match="disk full"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}

@@ -53,7 +53,7 @@ def test_a_run_that_another_process_works_on(run: Run, tmp_path: Path, capsys: p
     lock.unlink()                                       # this process's own
     (run.folder / "metrics.jsonl").write_text('{"step": 3}\n{"st')
     with held_elsewhere(lock):
-        assert exit_status("train.py", lambda ranks: resumed(run, lr=0.2), "cpu") != 0
+        assert exit_status("train.py", lambda ranks: resumed(run, lr=0.2), Flags("")) == 2
         told = f"{run.folder} is in use by process 71 on node-3; wait for its end"
         assert capsys.readouterr().err == f"train.py: {told}\n"
         with pytest.raises(ValueError, match="is in use by"):

@@ -11,6 +11,7 @@ import pytest
 import eval as evaluation
 from eval import load_task, make_item, score
 from tasks.loading import DEEPEST, parse_json, read_json_object, read_rows, shown
+from tasks.output import Output
 from tasks.splits import by_id
 
 DEEP = "[" * 100_000
@@ -130,13 +131,20 @@ def test_an_item_that_has_gone(tmp_path: Path) -> None:
 
 # ---- an evaluation that goes on
 
+def reopened(cfg: evaluation.Config) -> Output:
+    """The files of an evaluation, as its program opens them."""
+    out = evaluation.planned_output(cfg)
+    out.reopen(evaluation.settings(cfg))
+    return out
+
+
 @pytest.fixture
 def asked(tmp_path: Path) -> evaluation.Config:
     """The settings of an evaluation that has answers on disk."""
     (tmp_path / "d.jsonl").write_text(json.dumps(ROWS["jsonl"]) + "\n")
     cfg = evaluation.Config(task="jsonl", model=str(tmp_path / "m"), data=str(tmp_path / "d.jsonl"),
                             out=str(tmp_path / "o"))
-    out = evaluation.open_output(cfg)
+    out = reopened(cfg)
     out.begin()
     out.responses.write_text('{"id": "q", "response": "3"}\n')
     return cfg
@@ -151,11 +159,11 @@ def asked(tmp_path: Path) -> evaluation.Config:
 def test_settings_of_an_evaluation(change: Callable[[str], str], told: str, asked: evaluation.Config) -> None:
     """Cut, foreign or empty; nothing is changed."""
     config = Path(asked.out, "config.json")
-    evaluation.open_output(asked)
+    reopened(asked)
     config.write_text(change(config.read_text()))
     before = config.read_text()
     with pytest.raises(ValueError, match=told) as raised:
-        evaluation.open_output(asked)
+        reopened(asked)
     assert len(str(raised.value)) < 600 and config.read_text() == before
 
 
@@ -173,4 +181,4 @@ def test_answers_of_an_evaluation(line: str, told: str, asked: evaluation.Config
     path.write_text(line + "\n")
     items = load_task("jsonl", asked.data)
     with pytest.raises(ValueError, match=f"responses.jsonl {told}|responses.jsonl line 1: {told}"):
-        evaluation.ask(items, answer, evaluation.open_output(asked), 1)
+        evaluation.ask(items, answer, reopened(asked), 1)
