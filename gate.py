@@ -32,7 +32,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import NormalDist, fmean, median
 from typing import Any, TypedDict
@@ -633,11 +632,12 @@ def judge(cfg: Config, records: dict[str, Sequence[Record]],
     reports: dict[str, Report] = {}
     for name, rows in records.items():
         measures = measure(rows, select_pair, cfg.min_margin, ALPHA / len(records))
+        measures |= (known or {}).get(name, {})
         decision = decide_before(measures, cfg.rule, cfg.min_direction)
         if decision.verdict == "PASS" and cfg.rule == "ours":
             decision.reasons.append("necessary, not sufficient: no pilot was run")
         reports[name] = {"verdict": decision.verdict, "reasons": decision.reasons, "rule": cfg.rule,
-                         **(known or {}).get(name, {}), **measures}
+                         **measures}
     return recommend(reports, records) if len(reports) > 1 or known else ({}, reports)
 
 
@@ -678,7 +678,7 @@ def main(argv: list[str] | None = None) -> int:
             from loop.survey import survey_and_judge
             from tasks.lock import take_lock
             _lock = take_lock(Path(f"{cfg.out}.lock"), cfg.out)     # until main() returns
-            advice, reports = survey_and_judge(questions, Path(cfg.out), partial(judge, cfg))
+            advice, reports = survey_and_judge(questions, cfg, judge)
         else:
             advice, reports = judge(cfg, {path: read_records(path) for path in cfg.records})
         [*_, last] = reports.values()

@@ -2,44 +2,70 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from eval import load_task
 from eval import score as exact_match
 from loop.cached_model import CachedModel, CostedScore
 from loop.lengths import TOO_LONG, answer_uses, fitting, verifier_uses, with_unasked
 from loop.memory import enough_memory
+from loop.sequential import measure_until_settled
 from loop.survey_flags import SurveyConfig
-from replay import Record, gather_records
+from replay import Record, gather_records, select_pair
 from tasks import Item
 from tasks.endings import check_can_write
-from tasks.jsonl import check_replaceable
+from tasks.jsonl import Response, check_replaceable
 from tasks.splits import shared_pictures
 
 Report = dict[str, Any]
-# (records by verifier, what else is known of each) -> what is recommended, the report on each
-Judge = Callable[[dict[str, list[Record]], Mapping[str, Report] | None], tuple[Report, dict[str, Report]]]
 UNSCORED = CostedScore(None, "")                        # in place of a verdict that was never asked for
+
+
+class Decide(Protocol):
+    """The flags of gate.py's decision."""
+
+    @property
+    def out(self) -> str:
+        """The report's file."""
+
+    @property
+    def min_direction(self) -> float:
+        """What q has to be shown to exceed."""
+
+
+# (flags, records by verifier, what else was measured of each) -> what is recommended, the report on each
+Judge = Callable[..., tuple[Report, dict[str, Report]]]
 
 
 @dataclass(frozen=True)
 class Surveyed:
     """What a verifier said of the student's candidates: a record each, with what both models answered themselves."""
     records: list[Record]
-    parameters: int                                     # of the verifier
-    too_long: int                                       # items that the student or the verifier has no room for
+    measures: Report                                    # what is measured of the survey itself
 
 
-def survey(cfg: SurveyConfig, cache: Path, fresh: bool = False) -> dict[str, Surveyed]:
+@dataclass(frozen=True)
+class Answered:
+    """What the student said: by item id, so that any of the items can be picked."""
+    greedy: dict[str, Response]
+    samples: dict[str, list[Response]]
+    group: dict[str, str]                               # items that share pictures -> a name for these
+
+    def texts(self, item: Item) -> list[str]:
+        """The candidates of an item."""
+        return [completion.text for completion in self.samples[item.id]]
+
+
+def survey(cfg: SurveyConfig, cache: Path, least: float = 0.5, fresh: bool = False) -> dict[str, Surveyed]:
     """Each verifier's records, by its name. The student answers once for all of them.
 
     All models are found before one is asked, and one at a time is in memory. `cache` is the folder of what they
-    answered before. With `fresh` as many other items are asked about; where there are fewer, nothing is asked.
-    ValueError where no item has an answer, where a model is not there, and where an item is too long for one; with
-    cfg.skip_long such an item has empty answers and no scores.
+    answered before. `least`: of q, see loop/sequential.py. With `fresh` as many other items are asked about; where
+    there are fewer, nothing is asked. ValueError where no item has an answer, where a model is not there, and where an
+    item is too long for one; with cfg.skip_long such an item has empty answers and no scores.
     """
     items = survey_items(cfg, fresh)
     if not items:
@@ -52,48 +78,112 @@ def survey(cfg: SurveyConfig, cache: Path, fresh: bool = False) -> dict[str, Sur
     verifiers = [CachedModel(name, cfg, cache) for name in cfg.verifier]
     check_can_write(cache, "--cache")
 
+    ids = [item.id for item in items]
     greedy = with_unasked(items, asked, student.greedy(asked), TOO_LONG)
     samples = with_unasked(items, asked, student.samples(asked), [TOO_LONG] * cfg.k)
+    answered = Answered(
+        greedy=dict(zip(ids, greedy, strict=True)),
+        samples=dict(zip(ids, samples, strict=True)),
+        group=shared_pictures(items))
     student.forget()
-    texts = {}
-    for item, completions in zip(items, samples, strict=True):
-        texts[item.id] = [completion.text for completion in completions]
 
-    group = shared_pictures(items)
     surveyed = {}
     for verifier in verifiers:
         part = judged[verifier.name]
-        own = with_unasked(items, part, verifier.greedy(part), TOO_LONG)
-        scores, parameters = verifier.judge(part, [texts[item.id] for item in part])
-        scores = with_unasked(items, part, scores, [UNSCORED] * cfg.k)
+        too_long = {"too_long": len(items) - len(part)}
+        if cfg.sequential:
+            found = survey_until_settled(cfg, verifier, items, part, answered, least)
+        else:
+            found = survey_all(cfg, verifier, items, part, answered)
         verifier.forget()
-        records = gather_records(
-            items,
-            greedy=lambda _: greedy,
-            sample=lambda _: samples,
-            score=lambda *_, scores=scores: scores,
-            own=lambda _, own=own: own,
-            correct=exact_match,
-            group=lambda item: group.get(item.id),
-        )
-        surveyed[verifier.name] = Surveyed(records, parameters, too_long=len(items) - len(part))
+        surveyed[verifier.name] = replace(found, measures=found.measures | too_long)
     return surveyed
 
 
-def survey_and_judge(cfg: SurveyConfig, out: Path, judge: Judge) -> tuple[Report, dict[str, Report]]:
+def survey_all(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], part: Sequence[Item],
+               answered: Answered) -> Surveyed:
+    """One verifier on all of the items; it is not asked about those that are not in `part`."""
+    own = verifier.greedy(part)
+    scores, parameters = verifier.judge(part, [answered.texts(item) for item in part])
+    return Surveyed(make_records(cfg, items, part, answered, own, scores), {"parameters": parameters})
+
+
+def survey_until_settled(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], part: Sequence[Item],
+                         answered: Answered, least: float) -> Surveyed:
+    """One verifier on the first `fixed_items`, and on others until its direction is settled: see loop/sequential.py.
+
+    The records are those of the first items: all but the direction is measured on these alone, at a number of items
+    that does not depend on what was seen. Of the others only those are scored whose pair can be mixed.
+    """
+    first = items[:cfg.fixed_items]
+    fits = {item.id for item in part}
+    first_part = [item for item in first if item.id in fits]
+    others = [item for item in part if item not in first and has_mixed_candidates(item, answered.texts(item))]
+
+    def score(batch: Sequence[Item]) -> list[list[CostedScore]]:
+        if not batch:
+            return []
+        scores, measures["parameters"] = verifier.judge(batch, [answered.texts(item) for item in batch])
+        return scores
+
+    def outcome(item: Item, scores: Sequence[CostedScore]) -> tuple[str, bool] | None:
+        texts = answered.texts(item)
+        pair = select_pair(item.id, texts, [score.value for score in scores])
+        if isinstance(pair, str):
+            return None
+        chosen_right, rejected_right = (exact_match(item, texts[index]).correct for index in pair)
+        return (answered.group.get(item.id, item.id), chosen_right) if chosen_right != rejected_right else None
+
+    measures: Report = {}
+    scores, result = measure_until_settled(
+        [*first_part, *others], score, outcome, len(first_part), cfg.batch_size, least, cfg.useful_direction)
+    own = verifier.greedy(first_part)
+    records = make_records(cfg, first, first_part, answered, own, scores[:len(first_part)])
+    told = {"outcome": result.outcome, "items": result.items, "fixed_items": len(first)}
+    return Surveyed(records, {**measures, "direction": result.direction, "sequential": told})
+
+
+def has_mixed_candidates(item: Item, texts: Iterable[str]) -> bool:
+    """Whether some candidates are right and some wrong, so that the item's pair can be mixed."""
+    return len({exact_match(item, text).correct for text in texts}) == 2
+
+
+def make_records(cfg: SurveyConfig, items: Sequence[Item], part: Sequence[Item], answered: Answered,
+                 own: Sequence[Response], scores: Sequence[list[CostedScore]]) -> list[Record]:
+    """The records of the items; a verifier's own answers and scores are those of the items in `part`."""
+    all_own = with_unasked(items, part, own, TOO_LONG)
+    all_scores = with_unasked(items, part, scores, [UNSCORED] * cfg.k)
+    return gather_records(
+        items,
+        greedy=lambda items: [answered.greedy[item.id] for item in items],
+        sample=lambda items: [answered.samples[item.id] for item in items],
+        score=lambda items, texts: all_scores,
+        own=lambda items: all_own,
+        correct=exact_match,
+        group=lambda item: answered.group.get(item.id),
+    )
+
+
+def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[Report, dict[str, Report]]:
     """Survey the verifiers and judge them; of several, the recommended one once more, on fresh items.
 
-    The best of several looks better than it is on those items that it was the best of. `out` is the report's file,
-    which must not be the data's. Returns what `judge` does.
+    The best of several looks better than it is on those items that it was the best of. `decide` are the flags of the
+    decision; its report must not replace the data. Returns what `judge` does.
     """
+    out = Path(decide.out)
     check_replaceable(out, {"data": cfg.data}, flag="--out")
     cache = Path(cfg.cache or out.parent / "gate_cache")
 
     with enough_memory(cfg):
-        surveyed = survey(cfg, cache)
+        surveyed = survey(cfg, cache, decide.min_direction)
     records = {name: of.records for name, of in surveyed.items()}
-    known = {name: {"parameters": of.parameters, "too_long": of.too_long} for name, of in surveyed.items()}
-    advice, reports = judge(records, known)
+    advice, reports = judge(decide, records, {name: of.measures for name, of in surveyed.items()})
+    for report in reports.values():
+        if cfg.sequential:
+            told = report["sequential"]
+            report["reasons"].append(
+                f"sequential: {told['outcome']} after {told['items']} of {cfg.items} items; all but the direction is "
+                f"measured on {told['fixed_items']}")
     winner = advice["recommended"]
     if winner is None or len(reports) == 1:
         return advice, reports
@@ -102,7 +192,7 @@ def survey_and_judge(cfg: SurveyConfig, out: Path, judge: Judge) -> tuple[Report
     with enough_memory(cfg):
         fresh = survey(replace(cfg, verifier=[winner]), cache, fresh=True)
     if fresh:
-        _, again = judge({winner: fresh[winner].records}, None)
+        _, again = judge(decide, {winner: fresh[winner].records}, None)
         report = again[winner]
         told = f"It was measured again on fresh items: {report['verdict']}, {'; '.join(report['reasons'])}."
         advice["again"] = report

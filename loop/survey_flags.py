@@ -18,6 +18,9 @@ class SurveyConfig:
     data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
     split: str | None = flag(None, "split of the data (default: the task's own)")
     items: int = flag(200, "items to ask about, drawn from those with an answer", low=1)
+    sequential: bool = flag(False, "score items until the direction is settled; --items is then the most")
+    fixed_items: int = flag(60, "with --sequential: items that all else is measured on", low=1)
+    useful_direction: float = flag(0.75, "with --sequential: q below which it is given up", low=0, high=1)
     k: int = flag(8, "candidates an item", low=2)
     temperature: float = flag(1.0, "sampling temperature of the candidates; own answers are greedy", low=1e-6, high=1e6)
     top_p: float = flag(0.9, "nucleus that the candidates are sampled from", low=1e-6, high=1)
@@ -39,4 +42,6 @@ class SurveyConfig:
         if not (self.student and self.verifier and self.task):
             raise ValueError("give either --records, or all of --student, --verifier and --task")
         check_ranges(self)
+        if self.sequential and len(self.verifier) > 1:
+            raise ValueError("--sequential measures one verifier: several are compared on the same items")
         check_pixel_range(self.min_pixels, self.max_pixels)

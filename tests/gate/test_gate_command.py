@@ -238,7 +238,8 @@ def test_unreadable_records(tmp_path: Path) -> None:
     ["--records", "r", "--k", "1"], ["--records", "r", "--rule", "theirs"], ["--records", "r", "--wat"],
     ["--records", "r", "--items", "0"], ["--records", "r", "--out", "tests"],
     ["--student", "s", "--verifier", "v", "--task", "bar", "--verdict", "oracle"],
-    ["--student", "s", "--verifier", "v", "--task", "bear"], ["--records"], ["--rec", "r"]])
+    ["--student", "s", "--verifier", "v", "--task", "bear"],
+    ["--student", "s", "--verifier", "v", "w", "--task", "bar", "--sequential"], ["--records"], ["--rec", "r"]])
 def test_usage_errors(flags: list[str], capsys: pytest.CaptureFixture) -> None:
     assert gate.main(flags) == 2
     error = capsys.readouterr().err
@@ -277,7 +278,7 @@ def test_the_report_replaces_no_input(tmp_path: Path, name: str, link: bool, cap
 def test_verdicts_are_the_verifiers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     asked = []
 
-    def fake_survey(cfg: SurveyConfig, cache: Path) -> dict:
+    def fake_survey(cfg: SurveyConfig, cache: Path, least: float) -> dict:
         asked.append(cfg.verdict)
         raise ValueError("nobody is at home")
     monkeypatch.setattr(survey, "survey", fake_survey)

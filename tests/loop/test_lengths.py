@@ -240,7 +240,7 @@ def test_a_verifier_with_less_room(tmp_path: Path) -> None:
         student=str(TINY / "student"), verifier=[str(TINY / "verifier"), str(small)], task="jsonl", data=str(data), k=2,
         max_new_tokens=4, verdict_tokens=4, device="cpu", skip_long=True)
     wide, narrow = survey(cfg, tmp_path / "cache").values()
-    assert (wide.too_long, narrow.too_long) == (0, 1)
+    assert (wide.measures["too_long"], narrow.measures["too_long"]) == (0, 1)
 
     def of_long(records: list[Record]) -> list[Record]:
         return [record for record in records if record["item"] == "q1"]

@@ -146,7 +146,7 @@ class World:
         values = {"student": self.folder / "student", "task": "bar", "items": 45, "k": 4, "out": self.out} | flags
         words = ["--verifier", *(str(self.folder / name) for name in verifiers)]
         for name, value in values.items():
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
         return gate.main(words)
 
     def config(self, verifier: str) -> SurveyConfig:
@@ -223,7 +223,7 @@ def test_the_recommended_one_is_measured_again(world: World, capsys: pytest.Capt
 
     drawn = []
     for fresh in (False, True):
-        [surveyed] = survey.survey(world.config("right"), world.folder / "cache", fresh).values()
+        [surveyed] = survey.survey(world.config("right"), world.folder / "cache", fresh=fresh).values()
         drawn.append({record["item"] for record in surveyed.records})
     assert len(drawn[0]) == len(drawn[1]) == 45 and not drawn[0] & drawn[1]
 
@@ -236,6 +236,28 @@ def test_one_that_is_blocked_on_fresh_items_is_not_recommended(world: World) -> 
     report = world.report()
     assert report["verifiers"]["lucky"]["verdict"] == "PASS" and report["again"]["verdict"] == "BLOCK"
     assert report["recommended"] is None and "wrong direction" in report["recommendation"]
+
+
+def test_sequential(world: World) -> None:
+    """The student answers all items; the verifier is asked until the direction is settled, and about no item whose
+    candidates are all right or all wrong beyond the first ones."""
+    flags = {"sequential": True, "fixed_items": 5, "batch_size": 4, "items": 45}
+    assert world.ask("right", **flags) == 0
+    report = world.report()
+    told = report["sequential"]
+    assert told["outcome"] == "shown" and told["fixed_items"] == 5 and 5 < told["items"] < 20
+    assert report["items"] == 5 and report["direction"]["n"] == told["items"] and report["direction"]["low"] > 0.5
+    assert world.asked()["right", "answers"] == 5 and world.asked()["student", "samples"] == 45
+    assert world.asked()["right", "verdicts"] == 2 * told["items"]
+    assert any(reason.startswith("sequential: shown after") for reason in report["reasons"])
+
+    assert world.ask("wrong", **flags) == 3
+    report = world.report()
+    assert report["sequential"]["outcome"] == "futile"                  # given up before it is shown to be wrong
+    assert any("direction not shown" in why for why in report["reasons"])
+    assert world.ask("wrong", **flags | {"fixed_items": 20}) == 3
+    report = world.report()
+    assert report["sequential"]["outcome"] == "wrong" and any("wrong direction" in why for why in report["reasons"])
 
 
 def test_one_verifier(world: World) -> None:
@@ -460,7 +482,7 @@ def test_tiny_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert costs["tokens_per_verdict"] == pytest.approx(sum(tokens) / verdicts)
     assert costs["seconds_per_verdict"] > 0
     assert sum("tokens" in record for record in records) == verdicts    # of equal texts one carries the cost
-    assert surveyed.parameters == sum(weight.numel() for weight in vlm.parameters())
+    assert surveyed.measures["parameters"] == sum(weight.numel() for weight in vlm.parameters())
 
 
 # ---- items
