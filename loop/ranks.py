@@ -27,7 +27,7 @@ class Interrupted(RuntimeError):
     """SIGINT or SIGTERM arrived; raised on every rank at the same place."""
 
 
-class NonFinite(ArithmeticError):
+class NonFinite(FloatingPointError):
     """The loss or its gradient is NaN or infinite; nothing was updated."""
 
 
@@ -170,7 +170,7 @@ def exit_status(program: str, work: Callable[[Ranks], int], cfg: TrainingFlags) 
         if is_first_process():
             say_last(program, f"interrupted; {way_on}")
         return 1
-    except (*EXPECTED, NonFinite, LostRank) as error:
+    except (*EXPECTED, LostRank) as error:
         return end(program, error)
 
 

@@ -22,7 +22,8 @@ from types import FrameType
 from typing import NoReturn
 
 LONGEST = 600                                   # characters of the last sentence, the program's name included
-EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError)      # these end a program with one sentence
+# These end a program with one sentence; FloatingPointError: a loss or a model's logits that are NaN or infinite.
+EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError, FloatingPointError)
 # A file or folder that is not there, is of another kind, or is not to be read; what fails in writing is another matter.
 NAMES = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)

@@ -15,6 +15,7 @@ import torch
 from loop.memory import enough_memory, helpful_flags
 from loop.ranks import Interrupted, LostRank, NonFinite, Ranks, exit_status
 from loop.run import Run
+from model.vlm import NonFiniteLogits
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ def raising(error: BaseException) -> Any:
 @pytest.mark.parametrize("error, status", [
     (ValueError("bad flag"), 2), (FileExistsError("runs/x exists"), 2), (OSError(errno.EIO, "failed"), 1),
     (ModuleNotFoundError("pip install it"), 1), (NonFinite("step 3: the loss is nan"), 1), (LostRank("gone"), 1),
-    (MemoryError("out of memory"), 1)], ids=repr)
+    (NonFiniteLogits("the model gives NaN"), 1), (MemoryError("out of memory"), 1)], ids=repr)
 def test_what_goes_wrong_is_one_sentence(error: Exception, status: int, capsys: pytest.CaptureFixture) -> None:
     assert exit_status("train.py", raising(error), flags()) == status
     assert capsys.readouterr().err.startswith("train.py: ")
 
 
 def test_our_own_mistakes_stay_tracebacks() -> None:
-    for error in (RuntimeError("shape"), KeyError("x"), TypeError("x"), AssertionError()):
+    for error in (RuntimeError("shape"), KeyError("x"), TypeError("x"), AssertionError(), ZeroDivisionError()):
         with pytest.raises(type(error)):
             exit_status("train.py", raising(error), flags())
 

@@ -18,7 +18,8 @@ from tasks.endings import check_can_write, end, end_on_signals, exit_with, one_l
     (ValueError("--k must be at least 2"), 2), (UnicodeError("half a character"), 2), (FileExistsError("taken"), 2),
     (FileNotFoundError(errno.ENOENT, "no such file", "x"), 2), (OSError(errno.ENAMETOOLONG, "File name too long"), 2),
     (OSError(errno.ENOSPC, "No space left on device"), 1), (OSError("cannot write x"), 1),
-    (ModuleNotFoundError("pip install it"), 1), (MemoryError(), 1), (RuntimeError("odd"), 1)], ids=repr)
+    (ModuleNotFoundError("pip install it"), 1), (MemoryError(), 1), (FloatingPointError("NaN"), 1),
+    (RuntimeError("odd"), 1)], ids=repr)
 def test_status(error: Exception, status: int, capsys: pytest.CaptureFixture) -> None:
     assert status_of(error) == end("eval.py", error) == status
     printed = capsys.readouterr().err
