@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -197,6 +198,16 @@ def test_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert [one.id for one in fitting([item("a", LONG), item("b", "how?")], uses, skip=True)] == ["b"]
     said = capsys.readouterr()
     assert not said.out and not said.err
+
+
+def test_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`| head`: what is said of items that were left out is dropped, and the work goes on."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    uses = answer_uses(TINY / "student", flags(max_prompt_tokens=50))
+    with os.fdopen(write_end, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert [one.id for one in fitting([item("a", LONG), item("b", "how?")], uses, skip=True)] == ["b"]
 
 
 def test_nothing_fits() -> None:
