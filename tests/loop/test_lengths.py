@@ -23,13 +23,13 @@ from eval import load_task
 from loop import lengths
 from loop.lengths import answer_uses, fitting, outline_chat, verifier_uses, why_too_long
 from loop.loading import processor_alone
-from loop.survey import survey
+from loop.survey import survey, survey_and_judge, survey_items
 from loop.survey_flags import SurveyConfig
 from model import load_vlm
 from model.images import PictureReader
 from replay import Record
-from tasks import Item, open_image
-from tasks.pictures import FORMATS, picture_size
+from tasks import Item
+from tasks.pictures import FORMATS, open_image, picture_size
 from tasks.splits import split_items
 from tiny import CONFIGS, picture, write_checkpoint
 from verifier import VERDICTS, comparison_chat, rubric_chat
@@ -237,6 +237,26 @@ def test_gate_counts_it_wrong(tmp_path: Path) -> None:
     assert run_gate(data, tmp_path, "--device", "cpu", "--max-prompt-tokens", 300, "--skip-long") in (0, 3)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["too_long"] == 1 and report["items"] == 3 and report["records"] == 6
+
+
+@pytest.mark.parametrize("verifiers, skip, refused", [(2, False, True), (2, True, False), (1, False, False)])
+def test_items_for_a_second_look_fit(verifiers: int, skip: bool, refused: bool, tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of several is measured again on fresh items: too long ones are found before anything is asked."""
+    asked = []
+
+    def stop(*_: Any) -> None:
+        asked.append(1)
+        raise KeyError
+    monkeypatch.setattr("loop.survey.survey", stop)
+    data = write_items(tmp_path / "items.jsonl", "how many?", LONG)
+    cfg = SurveyConfig(
+        student=str(TINY / "student"), verifier=[str(TINY / "verifier"), str(TINY / "judge")][:verifiers], task="jsonl",
+        data=str(data), items=1, seed=1, skip_long=skip, max_prompt_tokens=300)
+    assert [one.id for one in survey_items(cfg, fresh=True)] == ["q1"]
+    with pytest.raises(ValueError if refused else KeyError, match="item 'q1': its prompt has" if refused else None):
+        survey_and_judge(cfg, tmp_path / "report.json", lambda *_: ({}, {}))
+    assert len(asked) == (not refused)
 
 
 def test_a_verifier_with_less_room(tmp_path: Path) -> None:
