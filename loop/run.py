@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from loop.flags import TrainingFlags
-from loop.ranks import Ranks, first_line
+from loop.ranks import Ranks
 from loop.run_files import LOCK, METRICS, SUMMARY, check_checkpoints, cut_metrics, outcome, remove_leftovers
 from loop.saving import saving
 from model import save_vlm
@@ -29,7 +29,7 @@ from model.sampler import Completion, generate
 from model.settings import read_settings
 from model.vlm import VLM
 from tasks import Item
-from tasks.endings import check_can_write, say, writing
+from tasks.endings import check_can_write, first_line, say, writing
 from tasks.jsonl import write_whole
 from tasks.lock import Lock, take_lock
 

@@ -53,6 +53,12 @@ def say_last(program: str, message: str) -> None:
     print(one_line(f"{program}: {message}"), file=sys.stderr)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its name if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def one_line(text: str, longest: int = LONGEST) -> str:
     """The text in one line of at most `longest` characters, cut in the middle; what cannot be printed is escaped."""
     joined = " ".join(line.strip() for line in text.strip().splitlines())

@@ -95,14 +95,15 @@ def test_signals_wait_only_once_a_run_has_begun(tmp_path: Path) -> None:
     assert ranks.stop_requested
 
 
-@pytest.mark.parametrize("task, words", [("bar", "--resume continues from the newest checkpoint"),
-                                         (None, "the demo starts over")])
-def test_an_interrupted_run_says_how_to_go_on(task: str | None, words: str, monkeypatch: pytest.MonkeyPatch,
-                                              capsys: pytest.CaptureFixture) -> None:
-    assert exit_status("train.py", raising(Interrupted()), flags(task=task)) == 1
+@pytest.mark.parametrize("task, out, words", [
+    ("bar", "run", "--resume continues from the newest checkpoint"), (None, None, "the demo starts over"),
+    (None, "run", "the demo starts over in another --out")])
+def test_an_interrupted_run_says_how_to_go_on(task: str | None, out: str | None, words: str,
+                                              monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert exit_status("train.py", raising(Interrupted()), flags(task=task, out=out)) == 1
     assert capsys.readouterr().err == f"train.py: interrupted; {words}\n"
     monkeypatch.setenv("RANK", "3")
-    assert exit_status("train.py", raising(Interrupted()), flags(task=task)) == 1
+    assert exit_status("train.py", raising(Interrupted()), flags(task=task, out=out)) == 1
     assert capsys.readouterr().err == ""
 
 

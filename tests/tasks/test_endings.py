@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tasks import endings
-from tasks.endings import check_can_write, end, end_on_signals, exit_with, one_line, say, status_of, writing
+from tasks.endings import check_can_write, end, end_on_signals, exit_with, first_line, one_line, say, status_of, writing
 
 
 @pytest.mark.parametrize("error, status", [
@@ -25,6 +25,11 @@ def test_status(error: Exception, status: int, capsys: pytest.CaptureFixture) ->
     printed = capsys.readouterr().err
     assert printed.startswith("eval.py: ") and printed.count("\n") == 1
     assert (str(error) or "MemoryError") in printed
+
+
+def test_first_line() -> None:
+    assert first_line(ValueError(" one\ntwo")) == "one"
+    assert first_line(TimeoutError()) == "TimeoutError" and first_line(KeyError()) == "KeyError"
 
 
 def test_one_line() -> None:
