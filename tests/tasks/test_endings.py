@@ -72,6 +72,28 @@ def test_output_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     os.kill(os.getpid(), signal.SIGINT)                                 # too late to change it
 
 
+def test_output_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """`> log`: one sentence and status 1, whether it fails while the work is done or at the end; then no more of it."""
+    monkeypatch.setattr(sys, "argv", ["/some/where/eval.py"])
+    for work in (lambda: say("at once") or 0, lambda: print("in the buffer") or 0):
+        def main(work: Any = work) -> int:
+            try:
+                return work()
+            except OSError as error:
+                say("this goes nowhere")
+                return end("eval.py", error)
+        with open("/dev/full", "w") as full, pytest.raises(SystemExit) as stop:
+            monkeypatch.setattr(sys, "stdout", full)
+            exit_with(main)
+        assert stop.value.code == 1
+        told = "eval.py: cannot write the output: the disk is full (No space left on device)\n"
+        assert capsys.readouterr().err == told
+    monkeypatch.setattr(sys, "stdout", None)                            # `>&-`
+    with pytest.raises(SystemExit) as stop:
+        exit_with(lambda: say("nowhere") or 3)
+    assert stop.value.code == 3
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_can_write(tmp_path / "not" / "yet", "--out")
     (tmp_path / "file").write_text("mine")
