@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from loop.asking import ask_verifier
-from loop.loading import activation_dtype, check_pixel_limits, frozen
+from loop.loading import activation_dtype, frozen
 from loop.survey_flags import SurveyConfig
 from model import generate, load_vlm
 from model.checkpoint import folder_digest, resolve_folder
@@ -60,7 +60,6 @@ class CachedModel:
         self.folder = resolve_folder(name)
         self.device = pick_device(cfg.device)
         self.dtype = activation_dtype(cfg.dtype, self.device)
-        check_pixel_limits(self.folder, cfg.min_pixels, cfg.max_pixels)
         if cache.exists() and not cache.is_dir():
             raise ValueError(f"the cache {cache} is a file; a folder is needed")
 

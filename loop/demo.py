@@ -18,7 +18,8 @@ from loop.flags import TrainingFlags
 from loop.ranks import Ranks
 from loop.run import first_or_none
 from loop.run_files import LOCK, METRICS, SUMMARY, foreign_file, run_patterns
-from model.checkpoint import read_settings
+from model.settings import read_settings
+from tasks.endings import say, say_last
 from tasks.lock import Lock, take_lock
 
 EXPECTED = {"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")}     # task -> gate before, gate after
@@ -49,7 +50,7 @@ def run(main: Callable[[C, Ranks], int], cfg: C, ranks: Ranks) -> int:
     with replaced(folder, tuple(EXPECTED), ranks):
         for task in EXPECTED:
             if ranks.first:
-                print(f"\n== {task}", flush=True)
+                say(f"\n== {task}")
             flags = replace(cfg, task=task, out=str(folder / task), force=task == "red")
             main(flags, ranks)
         return report(folder) if ranks.first else 0
@@ -123,10 +124,10 @@ def report(folder: Path) -> int:
         summaries[task] = read_settings(folder / task, SUMMARY)
         curves[task] = read_curves(folder / task / METRICS)
 
-    print("\n" + table(summaries))
+    say("\n" + table(summaries))
     picture = draw(curves, folder)
-    print(f"picture: {picture}")
-    print("\n" + conclusion(summaries, folder, picture), flush=True)
+    say(f"picture: {picture}")
+    say("\n" + conclusion(summaries, folder, picture))
     verdicts = {task: gate_verdicts(summary) for task, summary in summaries.items()}
     return 0 if verdicts == EXPECTED else 1
 
@@ -235,7 +236,7 @@ def draw(curves: Mapping[str, Curves], folder: Path) -> Path:
         import matplotlib
     except ModuleNotFoundError:
         text = "\n\n".join(text_plot(task, lines) for task, lines in curves.items())
-        print(f"\n{text}\n(pip install matplotlib draws this as a picture)")
+        say(f"\n{text}\n(pip install matplotlib draws this as a picture)")
         path = folder / "demo.txt"
         path.write_text(text + "\n", encoding="utf-8")
         return path
@@ -308,7 +309,7 @@ def main(folder: str = "runs/demo") -> int:
     try:
         return report(Path(folder))
     except ValueError as error:
-        print(f"loop.demo: {folder} is not a finished demo: {error}", file=sys.stderr)
+        say_last("loop.demo", f"{folder} is not a finished demo: {error}")
         return 2
 
 

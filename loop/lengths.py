@@ -14,7 +14,6 @@ prompts are so short that the number of their bytes settles it; the others are t
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from loop.loading import processor_alone
 from model.processor import Chat, Processor
 from tasks import Item
+from tasks.endings import is_first_process, say
 from tasks.jsonl import Response, key_of
 from tasks.pictures import picture_size
 from verifier import comparison_chat, rubric_chat
@@ -105,7 +105,7 @@ def fitting(items: Sequence[Item], uses: Sequence[Use], skip: bool) -> list[Item
 
     ValueError, too, where none is left.
     """
-    silent = os.environ.get("RANK", "0") != "0"         # of torchrun's processes one speaks
+    silent = not is_first_process()
     kept = []
     faults = []
     for item in tqdm(items, "lengths", unit="item", delay=SECONDS_WITHOUT_BAR, leave=False, disable=silent):
@@ -120,7 +120,7 @@ def fitting(items: Sequence[Item], uses: Sequence[Use], skip: bool) -> list[Item
     if faults and not kept:
         raise ValueError(f"none of {len(items)} items fits: {faults[0]}")
     if faults and not silent:
-        print(f"{len(faults)} of {len(items)} items are too long and left out, the first: {faults[0]}", flush=True)
+        say(f"{len(faults)} of {len(items)} items are too long and left out, the first: {faults[0]}")
     return kept
 
 

@@ -1,13 +1,12 @@
 """Models as the programs open them: frozen where they only answer, pictures resized within the limits of the flags."""
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from loop.flags import TrainingFlags
-from model import FAMILIES, VLM, family_of
+from model import VLM, family_of
 from model.checkpoint import resolve_folder
 from model.fields import text_settings
 from model.processor import Processor
@@ -50,26 +49,16 @@ def limit_pixels(processor: Processor, min_pixels: int | None, max_pixels: int |
 
 def processor_alone(name: str, min_pixels: int | None = None, max_pixels: int | None = None
                     ) -> tuple[Processor, int | None]:
-    """The processor of a model whose weights are not read, and the model's positions, None where its files say none."""
+    """The processor of a model whose weights are not read, and the model's positions, None where its files say none.
+
+    ValueError where the model cannot keep the limits of its pictures' areas.
+    """
     folder = resolve_folder(name)
     config = read_settings(folder, "config.json")
     processor = family_of(config).make_processor(folder, config)
     limit_pixels(processor, min_pixels, max_pixels)
 
-    positions = text_settings(config).get("max_position_embeddings")
-    if positions is not None and (type(positions) is not int or positions < 1):
-        raise ValueError(f"{config.source}: max_position_embeddings is {positions!r:.80}, not a positive integer")
-    return processor, positions
-
-
-def check_pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> None:
-    """ValueError where the model in `folder` cannot keep the limits; its weights are not read."""
-    if not min_pixels and not max_pixels:
-        return
-    config = read_settings(folder, "config.json")
-    family = FAMILIES.get(config["model_type"])
-    if family is not None:                              # load_vlm says that it is none
-        limit_pixels(family.make_processor(folder, config), min_pixels, max_pixels)
+    return processor, text_settings(config).get("max_position_embeddings")
 
 
 def pairs_at_once(cfg: TrainingFlags, vlm: VLM) -> int:

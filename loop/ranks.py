@@ -17,7 +17,7 @@ from tqdm import tqdm
 from loop.flags import TrainingFlags
 from loop.memory import enough_memory
 from model.vlm import pick_device
-from tasks.endings import EXPECTED, STOPPING, end, end_on_signals, is_first_process, say_last
+from tasks.endings import EXPECTED, STOPPING, end, end_on_signals, first_line, is_first_process, say_last
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,7 +27,7 @@ class Interrupted(RuntimeError):
     """SIGINT or SIGTERM arrived; raised on every rank at the same place."""
 
 
-class NonFinite(ArithmeticError):
+class NonFinite(FloatingPointError):
     """The loss or its gradient is NaN or infinite; nothing was updated."""
 
 
@@ -166,15 +166,9 @@ def exit_status(program: str, work: Callable[[Ranks], int], cfg: TrainingFlags) 
     except Interrupted:
         way_on = "--resume continues from the newest checkpoint"
         if cfg.task is None:
-            way_on = "the demo starts over"
+            way_on = "the demo starts over" if cfg.out is None else "the demo starts over in another --out"
         if is_first_process():
             say_last(program, f"interrupted; {way_on}")
         return 1
-    except (*EXPECTED, NonFinite, LostRank) as error:
+    except (*EXPECTED, LostRank) as error:
         return end(program, error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its name if it says nothing."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -20,15 +20,16 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from loop.flags import TrainingFlags
-from loop.ranks import Ranks, first_line
+from loop.ranks import Ranks
 from loop.run_files import LOCK, METRICS, SUMMARY, check_checkpoints, cut_metrics, outcome, remove_leftovers
 from loop.saving import saving
 from model import save_vlm
-from model.checkpoint import read_settings, whole_folder
+from model.checkpoint import whole_folder
 from model.sampler import Completion, generate
+from model.settings import read_settings
 from model.vlm import VLM
 from tasks import Item
-from tasks.endings import check_can_write, say, writing
+from tasks.endings import check_can_write, first_line, say, writing
 from tasks.jsonl import write_whole
 from tasks.lock import Lock, take_lock
 
@@ -207,9 +208,10 @@ class Run(Generic[C]):
                 raise ValueError(f"{error}{way_out}") from None
         self.ranks.barrier()
 
-        if self.ranks.first:
+        def clean_up() -> None:
             cut_metrics(self.folder / METRICS, state["step"] if state else -1)
             remove_leftovers(self.folder)
+        first_or_none(self.ranks, clean_up)
         return state
 
     def save_candidate(self, vlm: VLM) -> Path:

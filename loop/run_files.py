@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
-from model.checkpoint import COPIED_FILES, read_settings
+from model.checkpoint import COPIED_FILES
+from model.settings import read_settings
 
 LOCK = ".lock"                                          # whose lock keeps other processes out
 METRICS = "metrics.jsonl"

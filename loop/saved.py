@@ -139,6 +139,8 @@ def check_tensor(saved: Any, expected: Tensor, place: str) -> None:
     """ValueError unless it is a tensor of that shape and dtype, and all its numbers are finite."""
     if not isinstance(saved, Tensor):
         raise ValueError(f"{place} is {saved!r:.60}, not a tensor")
+    if saved.is_nested or saved.is_meta or saved.layout != torch.strided:
+        raise ValueError(f"{place} is a nested, sparse or empty (meta) tensor, not one that holds all its numbers")
     if saved.shape != expected.shape:
         raise ValueError(f"{place} has shape {tuple(saved.shape)}, and {tuple(expected.shape)} in this run")
     if saved.dtype != expected.dtype:

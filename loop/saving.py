@@ -7,8 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from loop.ranks import first_line
-from tasks.endings import writing
+from tasks.endings import first_line, writing
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")    # one stands in what torch.save raises
 

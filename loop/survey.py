@@ -173,6 +173,8 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
     out = Path(decide.out)
     check_replaceable(out, {"data": cfg.data}, flag="--out")
     cache = Path(cfg.cache or out.parent / "gate_cache")
+    if len(cfg.verifier) > 1:
+        check_fresh_lengths(cfg)
 
     with enough_memory(cfg):
         surveyed = survey(cfg, cache, decide.min_direction)
@@ -200,6 +202,19 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
             advice["recommended"] = None
     advice["recommendation"] += f" {told}"
     return advice, reports
+
+
+def check_fresh_lengths(cfg: SurveyConfig) -> None:
+    """ValueError where an item is too long that one of the verifiers may be asked about again.
+
+    Found only then, it would end the program after all the asking, without a report.
+    """
+    if cfg.skip_long:
+        return
+    uses = answer_uses(cfg.student, cfg)
+    for name in cfg.verifier:
+        uses += verifier_uses(name, cfg, cfg.verdict)
+    fitting(survey_items(cfg, fresh=True), uses, skip=False)
 
 
 def survey_items(cfg: SurveyConfig, fresh: bool) -> list[Item]:

@@ -43,7 +43,7 @@ TEXT: Table = {
     "num_hidden_layers": READ,
     "num_key_value_heads": READ,
     "rms_norm_eps": READ,
-    "rope_parameters": READ,                            # checkpoint.rope_settings reads these three
+    "rope_parameters": READ,                            # settings.rope_settings reads these three
     "rope_scaling": READ,
     "rope_theta": READ,
     "vocab_size": READ,

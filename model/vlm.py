@@ -36,7 +36,7 @@ from .settings import Settings
 PATCHES_AT_ONCE = 16_384
 
 
-class NonFiniteLogits(ArithmeticError):
+class NonFiniteLogits(FloatingPointError):
     """A model's logits are NaN or infinite: what would be drawn from them is no answer."""
 
 

@@ -22,7 +22,8 @@ from types import FrameType
 from typing import NoReturn
 
 LONGEST = 600                                   # characters of the last sentence, the program's name included
-EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError)      # these end a program with one sentence
+# These end a program with one sentence; FloatingPointError: a loss or a model's logits that are NaN or infinite.
+EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError, FloatingPointError)
 # A file or folder that is not there, is of another kind, or is not to be read; what fails in writing is another matter.
 NAMES = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -50,6 +51,12 @@ def status_of(error: BaseException) -> int:
 def say_last(program: str, message: str) -> None:
     """Print the sentence that a program ends with, to stderr."""
     print(one_line(f"{program}: {message}"), file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its name if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def one_line(text: str, longest: int = LONGEST) -> str:
@@ -91,7 +98,7 @@ def end_on_signals(words: str) -> None:
         signal.signal(number, end_now)
 
 
-# ---- output that nobody reads any more
+# ---- output that nobody reads any more, or that cannot be written
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Run a program and exit with its status, even where its output is closed (`| head`)."""
@@ -100,16 +107,33 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     finally:
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)           # the status is settled, the interpreter takes its time
-        say(end="")                                         # what is still in the buffer
+        try:
+            with printing():
+                if sys.stdout is not None:                  # None: it was closed from the beginning (`>&-`)
+                    sys.stdout.flush()
+        except OSError as error:
+            sys.exit(end(Path(sys.argv[0]).name, error))
 
 
-def say(text: str = "", end: str = "\n") -> None:
+def say(text: str = "") -> None:
     """Print at once. After whoever read the output has gone the rest of it is dropped, and the work goes on."""
+    with printing():
+        print(text, flush=True)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Around what writes to stdout. Once that fails, what is still to come of it goes nowhere.
+
+    A reader that has gone is no error; a disk that is full is an OSError that says so.
+    """
     try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
+        yield
+    except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(f"cannot write the output: {reason_of(error)}") from None
 
 
 # ---- files that are written
@@ -134,7 +158,10 @@ def writing(path: Path) -> Iterator[None]:
     except FileExistsError:                                 # not a matter of writing: somebody was faster
         raise
     except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in FULL:
-            reason = f"the disk is full ({reason})"
-        raise OSError(f"cannot write {path}: {reason}") from None
+        raise OSError(f"cannot write {path}: {reason_of(error)}") from None
+
+
+def reason_of(error: OSError) -> str:
+    """Why something cannot be written, in words."""
+    reason = error.strerror or str(error)
+    return f"the disk is full ({reason})" if error.errno in FULL else reason

@@ -20,6 +20,8 @@ from typing import Any
 
 from PIL import Image
 
+from tasks.endings import first_line
+
 MOST_DECIMALS = 300                 # of a number that a float can hold
 DEEPEST = 100                       # lists and objects inside each other, in JSON
 ROWS = 16                           # rows of a parquet file in memory at a time: each may hold several pictures
@@ -35,7 +37,7 @@ def data_path(name: str, directory: str | Path | None) -> Path:
     if directory is None:
         raise ValueError(f"task {name} reads its items from disk: give --data (directory)")
     if not os.path.exists(directory):                               # False for a name that no file can have
-        raise ValueError(f"{shown(str(directory), 200)[1:-1]} does not exist")
+        raise ValueError(f"{shown_path(directory)} does not exist")
     return Path(directory)
 
 
@@ -58,8 +60,7 @@ def read_parquet(name: str, directory: str | Path | None, split: str, columns: S
                 for batch in file.iter_batches(batch_size=ROWS, columns=present):
                     yield from batch.to_pylist()
         except (ArrowException, OSError, ValueError, OverflowError) as error:
-            reason = (str(error).strip().splitlines() or ["damaged"])[0]
-            raise ValueError(f"cannot read {path}: {reason[:200]}") from None
+            raise ValueError(f"cannot read {path}: {first_line(error):.200}") from None
 
 
 def parquet_files(directory: Path, split: str) -> list[Path]:
@@ -165,6 +166,11 @@ def shown(value: Any, longest: int = 80) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
+def shown_path(path: str | Path) -> str:
+    """A path as a message shows it: what cannot be printed is escaped, a long one is cut in the middle."""
+    return shown(str(path), 200)[1:-1]                              # without the quotes
+
+
 def fingerprint(path: str | None) -> str | None:
     """Names, sizes and times of a file, or of the files in a folder; None for what is not on this disk."""
     if path is None or not os.path.exists(path):
@@ -263,7 +269,7 @@ def encoded_image(value: Any, base: Path | None = None) -> bytes | Path | None:
         return path
     if base is None:
         return None
-    raise ValueError(f"the picture {shown(str(path), 200)[1:-1]} does not exist")
+    raise ValueError(f"the picture {shown_path(path)} does not exist")
 
 
 def _encode(picture: Image.Image) -> bytes:

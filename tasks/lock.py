@@ -24,6 +24,7 @@ except ModuleNotFoundError:                             # Windows
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system that has none
 NO_FILE = (errno.EISDIR, errno.ELOOP)                   # a folder, or a link, is where the lock file is to be
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)     # somebody else's folder, or one that nobody may write to
 HOLDER = re.compile(r"(\d{1,20}) ([\w.-]{1,99})\s*")    # what a lock file holds: process id, host
 
 FileId = tuple[int, int]                                # device and inode
@@ -103,6 +104,8 @@ def open_file(path: Path) -> int:
     except OSError as error:
         if error.errno in NO_FILE:
             raise ValueError(f"{path} is not a file that can be locked; remove it") from None
+        if error.errno in NOT_OURS:
+            raise ValueError(f"{path.parent} cannot be written: {error.strerror}") from None
         raise
 
 

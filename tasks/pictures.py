@@ -16,6 +16,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from tasks.endings import first_line
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # Pillow knows forty more, many of them hardly tested
 PLAIN_MODES = ("RGB", "L")                                  # whose conversion cannot fail
 LONGEST_REASON = 200                                        # characters of a decoder's message that are shown
@@ -77,7 +79,7 @@ def _decoding(source: bytes | Path, owner: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ValueError(f"cannot decode {_name(source, owner)}: it is not {' or '.join(FORMATS)}") from None
     except DECODER_ERRORS as error:
-        raise ValueError(f"cannot decode {_name(source, owner)}: {_reason(error)}") from None
+        raise ValueError(f"cannot decode {_name(source, owner)}: {first_line(error)[:LONGEST_REASON]}") from None
 
 
 def _check_conversion(image: Image.Image) -> None:
@@ -93,9 +95,3 @@ def _name(source: bytes | Path, owner: str) -> str:
     if isinstance(source, Path):
         return f"the picture {source}"
     return f"a picture of {owner}" if owner else "a picture"
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what a decoder says, cut short; its name where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:LONGEST_REASON] if lines else type(error).__name__

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval
 import gate
@@ -103,6 +105,23 @@ def test_answers_and_records_that_are_not_there(tmp_path: Path, monkeypatch: pyt
                            ("gate", ("--records", str(tmp_path), "--out", "run/report.json"))):
         assert run(monkeypatch, program, *words) == 2
         assert capsys.readouterr().err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program, flag", [
+    ("train", "--student"), ("judge", "--verifier"), ("eval", "--model"), ("gate", "--student")])
+def test_a_model_that_gives_nan(program: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                capsys: pytest.CaptureFixture) -> None:
+    """Its weights are finite, and too large to be multiplied: that shows when it is first asked."""
+    shutil.copytree(TINY / "student", "model")
+    path = Path("model", "model.safetensors")
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("language_model.norm.weight"))
+    weights[name] = torch.full_like(weights[name], 3e38)
+    save_file(weights, path, metadata={"format": "pt"})
+
+    assert run(monkeypatch, program, *WORKING[program], flag, "model") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{program}.py: the model in model gives NaN or infinity")
 
 
 # ---- before the flags are known to be right, torch is not imported

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -22,13 +23,13 @@ from eval import load_task
 from loop import lengths
 from loop.lengths import answer_uses, fitting, outline_chat, verifier_uses, why_too_long
 from loop.loading import processor_alone
-from loop.survey import survey
+from loop.survey import survey, survey_and_judge, survey_items
 from loop.survey_flags import SurveyConfig
 from model import load_vlm
 from model.images import PictureReader
 from replay import Record
-from tasks import Item, open_image
-from tasks.pictures import FORMATS, picture_size
+from tasks import Item
+from tasks.pictures import FORMATS, open_image, picture_size
 from tasks.splits import split_items
 from tiny import CONFIGS, picture, write_checkpoint
 from verifier import VERDICTS, comparison_chat, rubric_chat
@@ -199,6 +200,16 @@ def test_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert not said.out and not said.err
 
 
+def test_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`| head`: what is said of items that were left out is dropped, and the work goes on."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    uses = answer_uses(TINY / "student", flags(max_prompt_tokens=50))
+    with os.fdopen(write_end, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert [one.id for one in fitting([item("a", LONG), item("b", "how?")], uses, skip=True)] == ["b"]
+
+
 def test_nothing_fits() -> None:
     uses = answer_uses(TINY / "student", flags(max_prompt_tokens=50))
     with pytest.raises(ValueError, match="none of 2 items fits: item 'a': its prompt has"):
@@ -226,6 +237,26 @@ def test_gate_counts_it_wrong(tmp_path: Path) -> None:
     assert run_gate(data, tmp_path, "--device", "cpu", "--max-prompt-tokens", 300, "--skip-long") in (0, 3)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["too_long"] == 1 and report["items"] == 3 and report["records"] == 6
+
+
+@pytest.mark.parametrize("verifiers, skip, refused", [(2, False, True), (2, True, False), (1, False, False)])
+def test_items_for_a_second_look_fit(verifiers: int, skip: bool, refused: bool, tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of several is measured again on fresh items: too long ones are found before anything is asked."""
+    asked = []
+
+    def stop(*_: Any) -> None:
+        asked.append(1)
+        raise KeyError
+    monkeypatch.setattr("loop.survey.survey", stop)
+    data = write_items(tmp_path / "items.jsonl", "how many?", LONG)
+    cfg = SurveyConfig(
+        student=str(TINY / "student"), verifier=[str(TINY / "verifier"), str(TINY / "judge")][:verifiers], task="jsonl",
+        data=str(data), items=1, seed=1, skip_long=skip, max_prompt_tokens=300)
+    assert [one.id for one in survey_items(cfg, fresh=True)] == ["q1"]
+    with pytest.raises(ValueError if refused else KeyError, match="item 'q1': its prompt has" if refused else None):
+        survey_and_judge(cfg, gate.Config(out=str(tmp_path / "report.json")), lambda *_: ({}, {}))
+    assert len(asked) == (not refused)
 
 
 def test_a_verifier_with_less_room(tmp_path: Path) -> None:

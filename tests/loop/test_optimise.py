@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from dpo import sequence_logps
-from loop.optimise import (
-    check_trainable,
-    load_trainable,
-    make_optimiser,
-    optimiser_step,
-    reference_model,
-    set_trainable,
-)
+from loop.flags import check_trainable
+from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, set_trainable
 from loop.ranks import Ranks
 from model import VLM, generate, load_vlm, save_vlm
 from model.lora import SCALE, Adapted, adapters, adapters_off, add_adapters

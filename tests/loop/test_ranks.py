@@ -15,6 +15,7 @@ import torch
 from loop.memory import enough_memory, helpful_flags
 from loop.ranks import Interrupted, LostRank, NonFinite, Ranks, exit_status
 from loop.run import Run
+from model.vlm import NonFiniteLogits
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ def raising(error: BaseException) -> Any:
 @pytest.mark.parametrize("error, status", [
     (ValueError("bad flag"), 2), (FileExistsError("runs/x exists"), 2), (OSError(errno.EIO, "failed"), 1),
     (ModuleNotFoundError("pip install it"), 1), (NonFinite("step 3: the loss is nan"), 1), (LostRank("gone"), 1),
-    (MemoryError("out of memory"), 1)], ids=repr)
+    (NonFiniteLogits("the model gives NaN"), 1), (MemoryError("out of memory"), 1)], ids=repr)
 def test_what_goes_wrong_is_one_sentence(error: Exception, status: int, capsys: pytest.CaptureFixture) -> None:
     assert exit_status("train.py", raising(error), flags()) == status
     assert capsys.readouterr().err.startswith("train.py: ")
 
 
 def test_our_own_mistakes_stay_tracebacks() -> None:
-    for error in (RuntimeError("shape"), KeyError("x"), TypeError("x"), AssertionError()):
+    for error in (RuntimeError("shape"), KeyError("x"), TypeError("x"), AssertionError(), ZeroDivisionError()):
         with pytest.raises(type(error)):
             exit_status("train.py", raising(error), flags())
 
@@ -94,14 +95,15 @@ def test_signals_wait_only_once_a_run_has_begun(tmp_path: Path) -> None:
     assert ranks.stop_requested
 
 
-@pytest.mark.parametrize("task, words", [("bar", "--resume continues from the newest checkpoint"),
-                                         (None, "the demo starts over")])
-def test_an_interrupted_run_says_how_to_go_on(task: str | None, words: str, monkeypatch: pytest.MonkeyPatch,
-                                              capsys: pytest.CaptureFixture) -> None:
-    assert exit_status("train.py", raising(Interrupted()), flags(task=task)) == 1
+@pytest.mark.parametrize("task, out, words", [
+    ("bar", "run", "--resume continues from the newest checkpoint"), (None, None, "the demo starts over"),
+    (None, "run", "the demo starts over in another --out")])
+def test_an_interrupted_run_says_how_to_go_on(task: str | None, out: str | None, words: str,
+                                              monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert exit_status("train.py", raising(Interrupted()), flags(task=task, out=out)) == 1
     assert capsys.readouterr().err == f"train.py: interrupted; {words}\n"
     monkeypatch.setenv("RANK", "3")
-    assert exit_status("train.py", raising(Interrupted()), flags(task=task)) == 1
+    assert exit_status("train.py", raising(Interrupted()), flags(task=task, out=out)) == 1
     assert capsys.readouterr().err == ""
 
 

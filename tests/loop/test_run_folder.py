@@ -33,18 +33,18 @@ def test_whole_folder_killed_between_its_renames(tmp_path: Path, monkeypatch: py
 
 def test_two_processes_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is half done when the other begins and ends: neither takes the other's half, the last one counts."""
-    path, real, begun = tmp_path / "a.json", Path.write_text, []
+    path, real, begun = tmp_path / "a.json", Path.write_bytes, []
 
-    def slow(self: Path, text: str, **how: Any) -> None:
+    def slow(self: Path, content: bytes) -> None:
         begun.append(self)
         if len(begun) == 1:
-            real(self, text[:3], **how)
+            real(self, content[:3])
             write_json(path, {"a": "second"})
-            assert json.loads(path.read_text()) == {"a": "second"} and self.read_text() == text[:3]
-        real(self, text, **how)
-    monkeypatch.setattr(Path, "write_text", slow)
+            assert json.loads(path.read_text()) == {"a": "second"} and self.read_bytes() == content[:3]
+        real(self, content)
+    monkeypatch.setattr(Path, "write_bytes", slow)
     write_json(path, {"a": "first"})
-    assert json.loads(path.read_text()) == {"a": "first"} and names(tmp_path) == ["a.json"]
+    assert len(begun) == 2 and json.loads(path.read_text()) == {"a": "first"} and names(tmp_path) == ["a.json"]
 
 
 def test_a_run_that_another_process_works_on(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -96,6 +96,14 @@ def test_what_rank_0_refuses_all_refuse(ranks: Ranks) -> None:
             first_or_none(each, work)
     first_or_none(Second(None), lambda: done.append(3))
     assert done == [1]
+
+
+def test_a_damaged_log_ends_all_ranks(run: Run) -> None:
+    """Rank 0 alone reads it; without its refusal the others would end as if it had been lost."""
+    run.ranks = Second("metrics.jsonl, line 2 holds no step")
+    run.ranks.barrier = lambda: None
+    with pytest.raises(ValueError, match="line 2 holds no step"):
+        run.load()
 
 
 def test_the_log_is_cut_and_not_written_again(run: Run) -> None:

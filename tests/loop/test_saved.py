@@ -113,6 +113,8 @@ CHANGES = {
     "half": (replace_weight(torch.Tensor.half), "up_proj.weight is torch.float16, and torch.float32 in this run"),
     "NaN": (replace_weight(poison), "up_proj.weight holds NaN or infinity"),
     "no tensor": (replace_weight(lambda weight: 3), "up_proj.weight is 3, not a tensor"),
+    "sparse": (replace_weight(torch.Tensor.to_sparse), "up_proj.weight is a nested, sparse or empty"),
+    "meta": (replace_moment(lambda moment: moment.to("meta")), "exp_avg is a nested, sparse or empty"),
     "a weight more": (lambda saved: saved["model"].update(a=torch.ones(1)), r"model.a is not trained in this run \(1 "),
     "no weights": (lambda saved: saved["model"].clear(), r"is not there \(11 names differ\)"),
     "no model": (lambda saved: saved.pop("model"), "it holds no model"),

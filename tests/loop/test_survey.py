@@ -321,7 +321,11 @@ def test_pixel_limits_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatc
     """Limits are tried on all models before one is asked, set on each that is loaded, and part of what is kept."""
     tried = []
     limited = []
-    monkeypatch.setattr(cached_model, "check_pixel_limits", lambda folder, *limits: tried.append((folder.name, limits)))
+
+    def processor_alone(name: str, *limits: int | None) -> tuple[None, None]:
+        tried.append((Path(name).name, limits))
+        return None, None
+    monkeypatch.setattr(lengths, "processor_alone", processor_alone)
     monkeypatch.setattr(loading, "limit_pixels", lambda _, *limits: limited.append(limits))
     world.ask("right")
     assert limited == [(None, None)] * 2

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from model import FAMILIES, checkpoint, load_vlm, save_vlm
 from model.lora import add_adapters
+from model.settings import read_settings
 from published import CONFIGS as PUBLISHED
 from published import PARAMETERS
 from tiny import CONFIGS, disk_name, write_checkpoint
@@ -395,11 +396,19 @@ def test_size_of_a_training_checkpoint(rank: int, folder: Path, tmp_path: Path) 
     assert expected <= path.stat().st_size <= expected + 2000 * len(trained)
 
 
+def test_a_download_that_fails_and_gives_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ValueError, match="^owner/name is not a local folder and cannot be downloaded: TimeoutError$"):
+        checkpoint.resolve_folder("owner/name")
+
+
 def test_sizes_of_a_published_model(tmp_path: Path) -> None:
     """From shapes alone, no memory: Qwen3-VL-2B's language model takes about 20 GB a checkpoint."""
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-VL-2B"]))
     with torch.device("meta"):
-        vlm = FAMILIES["qwen3_vl"](checkpoint.read_settings(tmp_path, "config.json"))
+        vlm = FAMILIES["qwen3_vl"](read_settings(tmp_path, "config.json"))
     names = [name for name, _ in vlm.named_parameters()]
     assert checkpoint.saved_bytes(vlm, names, torch.bfloat16) == 2 * PARAMETERS["Qwen3-VL-2B"]
     vlm.tower.requires_grad_(False)

@@ -22,11 +22,12 @@ import train
 from eval import load_task, score
 from loop.ranks import Ranks
 from loop.run import Run
+from loop.state import State
 from model import VLM, generate, load_vlm, next_digits, save_vlm
 from model.prompts import pack_prompts
 from replay import Pair
 from tasks import Item
-from train import Config, State
+from train import Config
 from verifier import REPLIES, VERDICTS
 
 DEVICE = os.environ.get("DEVICE", "cuda")

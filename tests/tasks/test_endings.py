@@ -11,19 +11,25 @@ from typing import Any
 import pytest
 
 from tasks import endings
-from tasks.endings import check_can_write, end, end_on_signals, exit_with, one_line, say, status_of, writing
+from tasks.endings import check_can_write, end, end_on_signals, exit_with, first_line, one_line, say, status_of, writing
 
 
 @pytest.mark.parametrize("error, status", [
     (ValueError("--k must be at least 2"), 2), (UnicodeError("half a character"), 2), (FileExistsError("taken"), 2),
     (FileNotFoundError(errno.ENOENT, "no such file", "x"), 2), (OSError(errno.ENAMETOOLONG, "File name too long"), 2),
     (OSError(errno.ENOSPC, "No space left on device"), 1), (OSError("cannot write x"), 1),
-    (ModuleNotFoundError("pip install it"), 1), (MemoryError(), 1), (RuntimeError("odd"), 1)], ids=repr)
+    (ModuleNotFoundError("pip install it"), 1), (MemoryError(), 1), (FloatingPointError("NaN"), 1),
+    (RuntimeError("odd"), 1)], ids=repr)
 def test_status(error: Exception, status: int, capsys: pytest.CaptureFixture) -> None:
     assert status_of(error) == end("eval.py", error) == status
     printed = capsys.readouterr().err
     assert printed.startswith("eval.py: ") and printed.count("\n") == 1
     assert (str(error) or "MemoryError") in printed
+
+
+def test_first_line() -> None:
+    assert first_line(ValueError(" one\ntwo")) == "one"
+    assert first_line(TimeoutError()) == "TimeoutError" and first_line(KeyError()) == "KeyError"
 
 
 def test_one_line() -> None:
@@ -64,6 +70,28 @@ def test_output_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         exit_with(lambda: print("still in the buffer") or 3)
     assert stop.value.code == 3
     os.kill(os.getpid(), signal.SIGINT)                                 # too late to change it
+
+
+def test_output_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """`> log`: one sentence and status 1, whether it fails while the work is done or at the end; then no more of it."""
+    monkeypatch.setattr(sys, "argv", ["/some/where/eval.py"])
+    for work in (lambda: say("at once") or 0, lambda: print("in the buffer") or 0):
+        def main(work: Any = work) -> int:
+            try:
+                return work()
+            except OSError as error:
+                say("this goes nowhere")
+                return end("eval.py", error)
+        with open("/dev/full", "w") as full, pytest.raises(SystemExit) as stop:
+            monkeypatch.setattr(sys, "stdout", full)
+            exit_with(main)
+        assert stop.value.code == 1
+        told = "eval.py: cannot write the output: the disk is full (No space left on device)\n"
+        assert capsys.readouterr().err == told
+    monkeypatch.setattr(sys, "stdout", None)                            # `>&-`
+    with pytest.raises(SystemExit) as stop:
+        exit_with(lambda: say("nowhere") or 3)
+    assert stop.value.code == 3
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

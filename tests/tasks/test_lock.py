@@ -133,6 +133,16 @@ def test_a_full_disk_locks_all_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     assert lock.handle is not None
 
 
+@pytest.mark.parametrize("number", locks.NOT_OURS)
+def test_a_folder_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A ValueError, which all ranks of a run are told of; and 2 in all programs, for another folder mends it."""
+    def refuse(path: Path, *_: object) -> int:
+        raise OSError(number, os.strerror(number), str(path))
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ValueError, match=f"^{tmp_path} cannot be written: {os.strerror(number)}$"):
+        take_lock(tmp_path / "lock", "the run")
+
+
 @pytest.mark.parametrize("kind", ["folder", "link"])
 def test_what_cannot_be_a_lock(tmp_path: Path, kind: str) -> None:
     """A link is not followed: what it leads to would be emptied."""
