@@ -19,7 +19,7 @@ from loop.ranks import Ranks
 from loop.run import first_or_none
 from loop.run_files import LOCK, METRICS, SUMMARY, foreign_file, run_patterns
 from model.settings import read_settings
-from tasks.endings import say, say_last
+from tasks.endings import say, say_last, status_of
 from tasks.lock import Lock, take_lock
 
 EXPECTED = {"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")}     # task -> gate before, gate after
@@ -308,7 +308,10 @@ def main(folder: str = "runs/demo") -> int:
     """Print a finished demo's report again; returns the exit status."""
     try:
         return report(Path(folder))
-    except ValueError as error:
+    except OSError as error:                            # the picture cannot be written
+        say_last("loop.demo", str(error))
+        return status_of(error)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:       # its files hold something else
         say_last("loop.demo", f"{folder} is not a finished demo: {error}")
         return 2
 

@@ -36,7 +36,7 @@ class Lock:
     def __init__(self, path: Path):
         self.path = path.absolute()                     # to be changed where its folder is renamed
         self.handle: int | None = None                  # of the open file; None where nothing is locked
-        self._made = make_folders(self.path.parent)
+        self.made = make_folders(self.path.parent)
 
     def __del__(self) -> None:
         """Remove the file, then free the lock; folders that were made for it go, too, if nothing else is in them."""
@@ -46,7 +46,7 @@ class Lock:
                 if file_id(self.path) == file_id(self.handle):
                     self.path.unlink()
             os.close(self.handle)
-        for folder in reversed(self._made):
+        for folder in reversed(self.made):
             with suppress(OSError):
                 folder.rmdir()
 
@@ -66,7 +66,14 @@ def take_lock(path: Path, what: str | Path) -> Lock:
         return lock
 
     while True:
-        handle = open_file(path)
+        try:
+            handle = open_file(path)
+        except FileNotFoundError:                       # another process has removed the folder that it had made
+            made = make_folders(path.parent)
+            if not made:
+                raise
+            lock.made += made
+            continue
         identity = file_id(handle)
         if identity in HELD:
             os.close(handle)

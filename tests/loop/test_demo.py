@@ -292,6 +292,20 @@ def test_report_of_what_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFi
     assert error == f"loop.demo: {tmp_path} is not a finished demo: {tmp_path / 'red'} holds no summary.json\n"
 
 
+@pytest.mark.parametrize("file, content", [
+    ("summary.json", '{"pre_gate": null}'), ("summary.json", '{"pre_gate": {"verdict": "PASS"}, "post_gate": [1]}'),
+    ("metrics.jsonl", "3"), ("metrics.jsonl", '{"loss": 1}'), ("metrics.jsonl", '{"step": "x", "loss": "y"}')])
+def test_report_of_what_no_demo_wrote(file: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path, demo.EXPECTED)
+    whole = json.loads((tmp_path / "bar" / "summary.json").read_text())
+    if file == "summary.json":
+        content = json.dumps(whole | json.loads(content))
+    (tmp_path / "bar" / file).write_text(content)
+    assert demo.main(str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"loop.demo: {tmp_path} is not a finished demo: ") and error.count("\n") == 1
+
+
 def test_report_without_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round was skipped: the loop logged what it watched and no loss; with matplotlib and without."""
     write(tmp_path, {"bar": ("PASS", "REJECT"), "red": ("BLOCK", "REJECT")}, losses=False)

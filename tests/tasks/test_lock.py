@@ -96,6 +96,22 @@ def test_removed_between_opening_and_locking(tmp_path: Path, monkeypatch: pytest
     assert len(calls) == 2 and locks.file_id(path) == locks.file_id(lock.handle)
 
 
+def test_a_folder_that_is_removed_before_the_lock_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that had made it, and ended just then."""
+    path, real, calls = tmp_path / "a" / "lock", locks.open_file, []
+
+    def open_file(path: Path) -> int:
+        calls.append(path)
+        if len(calls) == 1:
+            path.parent.rmdir()
+        return real(path)
+    monkeypatch.setattr(locks, "open_file", open_file)
+    lock = take_lock(path, "the run")
+    assert len(calls) == 2 and locks.file_id(path) == locks.file_id(lock.handle)
+    del lock
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("number", locks.NO_LOCKS)
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
                                      number: int) -> None:
