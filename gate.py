@@ -47,7 +47,8 @@ MIN_DIRECTION = 0.5             # the q at which the mean update changes sign
 MARGINS = (0.0, 0.1, 0.25, 0.5, 0.75)           # at which q is told; all pairs are trained on
 LEAST_OF_CLASS = 20             # items with right (wrong) candidates, for an interval over both
 NEARLY = 0.05                   # a cheaper verifier must be shown to lack less agreement than this
-ENDS = (ValueError, argparse.ArgumentError, ArithmeticError, MemoryError, OSError, ImportError)
+USAGE = (ValueError, argparse.ArgumentError, FileNotFoundError, PermissionError)    # can be mended
+ENDS = (*USAGE, FloatingPointError, MemoryError, OSError, ModuleNotFoundError)      # end in a line
 RATES = {"truncated": "truncation_rate", "candidate_parsed": "answer_parse_rate",
          "candidate_truncated": "answer_truncation_rate"}
 ITEM_RATES = {"own_correct": "own_answer_accuracy", "own_parsed": "own_parse_rate",
@@ -198,7 +199,6 @@ def paired_difference(before: Sequence[float], after: Sequence[float],
     sums: dict[Any, list[float]] = defaultdict(list)
     for name, change in zip(names, changes, strict=True):
         sums[name].append(change)
-
     m = len(sums)
     centre = math.fsum(changes) * m / n / (m + 2)
     squares = (1 - centre) ** 2 + (1 + centre) ** 2             # of the two that are added
@@ -290,7 +290,6 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float,
         known = [(row[0].get(key) is True, row[0].get(key) is not None) for row in rows]
         figures[name] = clustered_proportion(_sum_clusters(names, known))
     figures["own_difference"] = _own_difference(rows, names, mean_accuracy)
-
     costs = {}
     for key, average in (("seconds", median), ("tokens", fmean)):   # a median leaves out warm-up
         spent = _known_values(records, key)
@@ -472,7 +471,6 @@ def gate_after(before: Sequence[bool], after: Sequence[bool], trained: bool = Tr
                min_low: float = -0.02, require_gain: bool = False,
                clusters: Sequence[str] | None = None) -> Decision:
     """PROMOTE where a gain is shown on the same held-out items, before and after training.
-
     Shown: exact one-sided McNemar p <= 0.05 (where `clusters` names what items share: the lower end
     of the 90 % interval > 0, too). Besides, the 95 % interval must exclude a change of `min_low`,
     and with `require_gain` a change of 0. The chance of PROMOTE on 500 items:
@@ -516,7 +514,6 @@ def item_agreement(records: Iterable[Record]) -> dict[str, float]:
 def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
               ) -> tuple[Report, dict[str, Report]]:
     """The cheapest verifier that passes and is shown to agree nearly as often as the best.
-
     The paper ranks by agreement, not by size (R2); more compute buys nothing (R3). Unless all costs
     are known, the best is taken. Returns `recommended` (a name or None), `recommendation`, and the
     reports with `cost`, over the least, and `difference_from_best`, in paired agreement.
@@ -620,7 +617,7 @@ def print_reports(reports: dict[str, Report], advice: Report) -> None:
         lines.append(f"\n{advice['recommendation']}")
     try:
         print("\n".join(lines), flush=True)
-    except BrokenPipeError:                         # `| head`: nobody reads the rest
+    except OSError:                                 # `| head`, or a full disk: the rest is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -646,7 +643,7 @@ def end(error: BaseException) -> int:
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
     shown = line if len(line) < 580 else f"{line[:350]} ... {line[-220:]}"
     print(f"gate.py: {shown}", file=sys.stderr)
-    return 2 if isinstance(error, ENDS[:2]) else 1
+    return 2 if isinstance(error, USAGE) else 1
 
 
 def interrupted(*_: Any) -> None:
@@ -685,8 +682,11 @@ def main(argv: list[str] | None = None) -> int:
         whole = advice | ({"verifiers": reports} if len(reports) > 1 else last)
         aside = Path(f"{cfg.out}.{os.getpid()}.tmp")    # renamed: --out is never half-written
         aside.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        aside.replace(cfg.out)
+        try:
+            aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+            aside.replace(cfg.out)
+        finally:
+            aside.unlink(missing_ok=True)           # of a disk that is full
     except ENDS as error:
         return end(error)
     print_reports(reports, advice)
