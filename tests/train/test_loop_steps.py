@@ -13,6 +13,7 @@ import torch
 
 import train
 from eval import score
+from loop import gates
 from loop.optimise import learning_rate, make_optimiser, reference_model
 from loop.ranks import NonFinite, Ranks
 from loop.run import Run
@@ -156,8 +157,8 @@ def test_pixel_limits_reach_every_model(tmp_path: Path, monkeypatch: pytest.Monk
     with reference_model(student) as reference:
         assert reference.processor is student.processor
     deployed = []
-    monkeypatch.setattr(train, "greedy_answers", lambda run, vlm, *_: deployed.append(vlm) or [])
-    monkeypatch.setattr(train, "compare_answers", lambda *_, **__: {"reasons": []})
+    monkeypatch.setattr(gates, "greedy_answers", lambda run, vlm, *_: deployed.append(vlm) or [])
+    monkeypatch.setattr(gates, "compare_answers", lambda *_, **__: {"reasons": []})
     state_now = State(frozen_held_out=[], frozen_reviewed=[])
     train.deploy_gate(run, student, student, [], [], state_now)
     assert limits == [(None, 5000)] * 3 and deployed[0].feature_cache.max_bytes == int(run.cfg.feature_cache_gb * 1e9)
