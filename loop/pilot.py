@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import mean
+from statistics import fmean
 from time import perf_counter
 
 from eval import Answer
@@ -199,11 +199,11 @@ def compared(pilot: Pilot, before: Sequence[Answer], after: Sequence[Answer], se
     read_after = [answer.answer is not None for answer in after]
     return replace(
         pilot,
-        accuracy_before=mean(right_before),
-        accuracy_after=mean(right_after),
+        accuracy_before=fmean(right_before),
+        accuracy_after=fmean(right_after),
         p_accuracy_fell=mcnemar(right_before, right_after, fell=True),
-        parse_rate_before=mean(read_before),
-        parse_rate_after=mean(read_after),
+        parse_rate_before=fmean(read_before),
+        parse_rate_after=fmean(read_after),
         p_parse_rate_fell=mcnemar(read_before, read_after, fell=True),
         seconds=seconds,
     )

@@ -72,11 +72,29 @@ def test_stop_on_regression(tmp_path: Path) -> None:
     assert start(config(out, stop_on_regression=True, **flags)) == 3
     found = summary(out)
     assert found["steps"] < 40 and found["warnings"] and found["post_gate"]["reasons"] == found["warnings"]
-    assert found["post_gate"]["verdict"] == "REJECT" and found["warnings"][0].startswith(f"step {found['steps']} (look ")
+    assert found["post_gate"]["verdict"] == "REJECT"
+    assert found["warnings"][0].startswith(f"step {found['steps']} (look {found['steps'] // 5} of at most ")
     assert found["loss_last"] < found["loss_first"] and found["final_accuracy"] is None
     assert not any((out / name).exists() for name in ("deploy", "candidate"))
     log = rows(out / "metrics.jsonl")
     assert log[-1]["eval/accuracy"] < log[0]["eval/accuracy"] and log[-1]["step"] == found["steps"]
+
+
+def test_stopping_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                                 ) -> None:
+    """Unless the run is forced, and however the loss goes; --no-stop-on-regression goes on."""
+    assert config(tmp_path).stops_on_regression is False        # the tests' runs are forced
+    assert config(tmp_path, stop_on_regression=True).stops_on_regression is True
+    assert config(tmp_path, force=False, stop_on_regression=False).stops_on_regression is False
+    assert Config().stops_on_regression is True
+
+    monkeypatch.setattr("loop.watch.fell_significantly", lambda before, after, alpha: True)
+    monkeypatch.setattr("loop.state.mean", lambda values: 9.0)                # of the last losses: it rose
+    out = tmp_path / "run"
+    assert start(config(out, force=False, gate_items=24)) == 3
+    assert summary(out)["pre_gate"]["verdict"] == "PASS" and summary(out)["steps"] == 3
+    assert "while the loss went from 0.693 to 9.000" in summary(out)["warnings"][0]
+    assert "stopped on regression; --no-stop-on-regression goes on to the end\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("save_every", [3, 5])
