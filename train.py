@@ -9,7 +9,8 @@ student improve? ("When Good Verifiers Go Bad", arXiv 2606.14629)
 
 A round samples K candidates for each item from the student. The frozen verifier scores them, and
 the best- and the worst-scored candidate become a preference pair. DPO updates the student on these
-pairs, against the student as it was at the start. Pairs with a large margin are replayed.
+pairs, against the student as it was at the start. Pairs with a large margin are replayed. Before
+round 1 the gate tries a few steps on its own pairs and undoes them again (loop/pilot.py).
 Labels are read by the gates, the watch split and the log, never by anything that trains.
 
 Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 what the caller can
