@@ -171,8 +171,6 @@ def take_steps(run: Run, student: VLM, pairs: Sequence[Pair], items: dict[str, I
     except NonFinite:
         raise NonFinite(f"step {step} of the pilot: the loss or its gradient is NaN or infinite; nothing was trained "
                         "yet (--pilot-steps 0 leaves the pilot out)") from None
-    finally:
-        optimiser.zero_grad()
 
 
 @contextmanager
