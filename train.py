@@ -9,7 +9,8 @@ student improve? ("When Good Verifiers Go Bad", arXiv 2606.14629)
 
 A round samples K candidates for each item from the student. The frozen verifier scores them, and
 the best- and the worst-scored candidate become a preference pair. DPO updates the student on these
-pairs, against the student as it was at the start. Pairs with a large margin are replayed.
+pairs, against the student as it was at the start. Pairs with a large margin are replayed. Before
+round 1 the gate tries a few steps on its own pairs and undoes them again (loop/pilot.py).
 Labels are read by the gates, the watch split and the log, never by anything that trains.
 
 Exit status: 0 promoted; 3 a gate said no, or --stop-on-regression stopped; 2 what the caller can
@@ -35,26 +36,25 @@ from torch import Tensor
 
 from dpo import LOSS_TYPES, METRICS, pair_objective
 from eval import load_task
-from eval import score as exact_match
-from gate import decide_before, gate_after, measure
 from loop import demo
-from loop.asking import greedy_answers, greedy_completions, verdicts
+from loop.asking import greedy_answers, verdicts
 from loop.disk import check_disk
 from loop.flags import TrainingFlags
+from loop.gates import deploy_gate, gate_before
 from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.loading import frozen, pairs_at_once
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, row_logps
+from loop.pilot import LoopSteps
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
-from loop.side_by_side import compare_answers
 from loop.state import State, restore, save
 from loop.survey import draw_items
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
 from model import VLM, Completion, load_vlm
 from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
-from replay import Pair, ReplayBuffer, form_pairs, gather_records, select_pair
+from replay import Pair, ReplayBuffer, form_pairs
 from tasks import Item
 from tasks.flags import flag, parse_flags
 from tasks.splits import Splits, split_items
@@ -80,7 +80,11 @@ class Config(TrainingFlags):
     held_out_items: int = flag(500, "items evaluated once, at the end", low=1)
     trained_on_items: int = flag(200, "items of round 1 that are asked again at the end", low=0)
     min_low: float = flag(-0.02, "promote above this lower end of the gain", low=-1, high=1)
-    stop_on_regression: bool = flag(False, "stop (exit 3) once watched accuracy fell significantly")
+    require_gain: bool = flag(False, "promote only if a gain of 0 is excluded, too")
+    pilot_steps: int = flag(20, "steps of a trial before round 1, undone again (0: none)", low=0)
+    pilot_items: int = flag(200, "items of the train split that are answered around it", low=1)
+    stop_on_regression: bool | None = flag(None, "stop (exit 3) once watched accuracy fell "
+                                                 "significantly (default: unless --force)")
 
     # Sampling and scoring
     rounds: int = flag(3, "rounds of sampling, then training", low=1)
@@ -95,6 +99,8 @@ class Config(TrainingFlags):
 
     # Pairs and replay
     min_margin: float = flag(0.5, "margin gate (tau): least margin to be replayed", low=0, high=1)
+    margin_gates: str = flag("replay", "what tau gates: a round's fresh pairs, the replay, or both",
+                             choices=("fresh", "replay", "both"))
     capacity: int = flag(2048, "pairs the replay buffer holds, first in, first out", low=1)
     replay_ratio: float = flag(0.5, "share of a batch from the buffer (rho)", low=0, high=0.99)
     replay: bool = flag(True, "replay high-margin pairs (--no-replay: fresh pairs only)")
@@ -124,6 +130,28 @@ class Config(TrainingFlags):
                              "--loss-type ipo")
 
     @property
+    def stops_on_regression(self) -> bool:
+        """--stop-on-regression; where nothing is said, on unless the run is forced."""
+        return not self.force if self.stop_on_regression is None else self.stop_on_regression
+
+    @property
+    def least_fresh_margin(self) -> float:
+        """Pairs of a smaller margin are not trained on in the round that they are made in."""
+        return self.min_margin if self.margin_gates in ("fresh", "both") else 0.0
+
+    @property
+    def least_replayed_margin(self) -> float:
+        """Pairs of a smaller margin do not enter the replay buffer."""
+        return self.min_margin if self.margin_gates in ("replay", "both") else 0.0
+
+    @property
+    def least_margin(self) -> float:
+        """Pairs of a smaller margin are not trained on at all."""
+        if not self.replay:
+            return self.least_fresh_margin
+        return min(self.least_fresh_margin, self.least_replayed_margin)
+
+    @property
     def evaluations(self) -> int:
         """Evaluations on the watch split that are planned: on schedule and at each round's end."""
         steps = self.rounds * self.steps_per_round
@@ -138,7 +166,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
     splits = load_splits(cfg)                       # gate, watch, held_out, train: disjoint
     student, verifier = load_models(run)            # trained, frozen
     optimiser = make_optimiser(student, cfg.lr, cfg.weight_decay)
-    replay = ReplayBuffer(cfg.capacity, cfg.min_margin)
+    replay = ReplayBuffer(cfg.capacity, cfg.least_replayed_margin)
     state = restore(run, student, optimiser, replay)
 
     # Some items of round 1 are asked about before and after: did training reach even these?
@@ -146,7 +174,8 @@ def main(cfg: Config, ranks: Ranks) -> int:
     reviewed = draw_items(first_round, cfg.trained_on_items, cfg.seed)
 
     if state.pre_gate is None:
-        state.pre_gate = gate_before(run, student, verifier, splits.gate)
+        loop = LoopSteps(sample, score, with_reference_logps, train_step)   # for the pilot
+        state.pre_gate = gate_before(run, student, verifier, splits, loop)
         if state.pre_gate["verdict"] == "BLOCK" and not cfg.force:
             return finish(run, state, None)                             # exit 3, nothing trained
         state.frozen_held_out = greedy_answers(run, student, splits.held_out, "frozen, held out")
@@ -156,7 +185,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
         run.log({"step": 0, **watch_metrics(watched)})
         save(run, state, student, optimiser, replay)
 
-    if cfg.stop_on_regression and state.warnings:                       # a resumed run had stopped
+    if cfg.stops_on_regression and state.warnings:                      # a resumed run had stopped
         return finish(run, state, state.regression)
 
     while state.round < cfg.rounds:
@@ -168,7 +197,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             counts |= pair_directions(pairs, items)                     # reads labels, for the log
             state.rounds.append(counts)
             state.fresh = with_reference_logps(run, student, pairs, splits.by_id)
-            replay.add(state.fresh)                                     # margins >= tau only
+            replay.add(state.fresh)                                     # margins >= tau
             save(run, state, student, optimiser, replay)
 
         batches = round_batches(cfg, replay, state)     # none where the round was skipped
@@ -183,11 +212,12 @@ def main(cfg: Config, ranks: Ranks) -> int:
             if last or state.step % cfg.eval_every == 0:
                 watched = evaluate_watch(run, student, splits.watch)    # what the loss hides
                 row |= watch_metrics(watched)
+                state.looks += 1
                 state.warnings += regression_warnings(run, state, watched, cfg.evaluations)
             run.log(row)
 
             interrupted = ranks.any(ranks.stop_requested)
-            regressed = cfg.stop_on_regression and bool(state.warnings)
+            regressed = cfg.stops_on_regression and bool(state.warnings)
             if interrupted or regressed or last or state.step % cfg.save_every == 0:
                 save(run, state, student, optimiser, replay)
             if interrupted:
@@ -226,29 +256,6 @@ def load_models(run: Run) -> tuple[VLM, VLM]:
     run.start(dtype=str(student.dtype).removeprefix("torch."),
               reference=folder_digest(student.folder), scorer=folder_digest(verifier.folder))
     return student, verifier
-
-
-def gate_before(run: Run, student: VLM, verifier: VLM, items: Sequence[Item]) -> dict[str, Any]:
-    """Measure the verifier on the target task; returns verdict, reasons and measures.
-
-    The records are kept in the run's folder, where `gate.py --records` reads them again.
-    """
-    records = gather_records(
-        items,
-        greedy=lambda items: greedy_completions(run, student, items, "gate: student"),
-        sample=lambda items: sample(run, student, items, 0),
-        score=lambda items, texts: verdicts(run, verifier, items, texts, run.cfg.verdict),
-        own=lambda items: greedy_completions(run, verifier, items, "gate: verifier"),
-        correct=exact_match,
-    )
-    run.write_lines("gate_records.jsonl", records)
-
-    measures = measure(records, select_pair, run.cfg.min_margin)
-    decision = decide_before(measures, run.cfg.gate_rule)
-    published = decide_before(measures, "paper")
-    run.say_all(f"gate before training: {decision.verdict}", decision.reasons)
-    return {"verdict": decision.verdict, "reasons": decision.reasons,
-            "published_verdict": published.verdict, **measures}
 
 
 # ---- the loop's steps: sample, score, pair
@@ -291,7 +298,7 @@ def make_pairs(run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Co
     """
     pairs, refused = form_pairs([item.id for item in items], candidates, scores)
     counts = count_round(pairs, refused, candidates, scores, run.cfg.min_margin)
-    skipped = len(pairs) < run.cfg.min_pairs
+    skipped = len(fresh_pairs(run.cfg, pairs)) < run.cfg.min_pairs
 
     write_round(run, number, pairs, counts, skipped)
     if skipped:
@@ -345,12 +352,17 @@ def add_logps(reference: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> 
     return complete
 
 
+def fresh_pairs(cfg: Config, pairs: Sequence[Pair]) -> list[Pair]:
+    """Those of a round's pairs that are trained on in this round: all, unless tau gates them."""
+    return [pair for pair in pairs if pair.margin >= cfg.least_fresh_margin]
+
+
 def round_batches(cfg: Config, replay: ReplayBuffer, state: State) -> list[list[Pair]]:
     """The batches of the current round; a resumed run draws the same ones."""
     ratio = cfg.replay_ratio if cfg.replay else 0.0
     seed = cfg.seed * 1000 + state.round
-    return replay.batches(
-        state.fresh, cfg.batch_size, ratio, cfg.epochs, cfg.steps_per_round, seed)
+    fresh = fresh_pairs(cfg, state.fresh)
+    return replay.batches(fresh, cfg.batch_size, ratio, cfg.epochs, cfg.steps_per_round, seed)
 
 
 def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: Sequence[Pair],
@@ -384,37 +396,7 @@ def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],
                           cfg.loss_type, cfg.length_normalised, cfg.nll_coefficient)
 
 
-# ---- evaluating and deciding
-
-def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item],
-                reviewed: Sequence[Item], state: State) -> dict[str, Any]:
-    """Compare the student as it would be deployed with its frozen self; deploy it on PROMOTE.
-
-    It is saved first, in the dtype of the files it came from, and what was saved is evaluated.
-    """
-    candidate = run.save_candidate(student)
-    deployed = frozen(load_vlm(candidate, run.ranks.device, student.dtype), run.cfg)
-
-    trained = greedy_answers(run, deployed, held_out, "trained, held out")
-    decision = gate_after(
-        [answer.correct for answer in state.frozen_held_out],
-        [answer.correct for answer in trained],
-        trained=state.step > 0,
-        min_low=run.cfg.min_low,
-    )
-    seen = greedy_answers(run, deployed, reviewed, "trained, trained on")
-    explanation = compare_answers(
-        run, verifier,
-        held_out=(held_out, (state.frozen_held_out, trained)),
-        trained_on=(reviewed, (state.frozen_reviewed, seen)),
-        verdict=run.cfg.verdict,
-    )
-    run.deploy_or_discard(candidate, keep=decision.verdict == "PROMOTE")
-
-    why = explanation.pop("reasons")
-    reasons = decision.reasons + why if decision.verdict == "REJECT" else decision.reasons
-    return {"verdict": decision.verdict, "reasons": reasons, **decision.measures, **explanation}
-
+# ---- the end, the command line
 
 def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
     """Write summary.json, say the outcome, return the exit status."""
@@ -422,11 +404,11 @@ def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
     if post_gate is None:
         run.say("nothing was trained; --force trains all the same")
         return 3
+    if "difference" not in post_gate:
+        run.say("stopped on regression; --no-stop-on-regression goes on to the end")
     run.say_all(f"gate after training: {post_gate['verdict']}", post_gate["reasons"])
     return 0 if post_gate["verdict"] == "PROMOTE" else 3
 
-
-# ---- the command line
 
 def cli() -> int:
     """Parse the flags and run; returns the exit status."""

@@ -31,7 +31,8 @@ class State:
     frozen_watched: list[bool] = field(default_factory=list)    # which watched items the frozen student gets right
     losses: list[float] = field(default_factory=list)   # of every step
     rounds: list[dict[str, Any]] = field(default_factory=list)      # counts and directions of every round's pairs
-    warnings: list[str] = field(default_factory=list)   # of watched accuracy that fell with the loss
+    looks: int = 0                                      # evaluations on the watch split since the first step
+    warnings: list[str] = field(default_factory=list)   # of watched accuracy that fell
 
     @property
     def loss_first(self) -> float | None:

@@ -1,4 +1,4 @@
-"""The watch split: what the loss hides while it falls."""
+"""The watch split: what the loss hides."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -31,22 +31,21 @@ def watch_metrics(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def regression_warnings(run: Run, state: State, answers: Sequence[Answer], evaluations: int) -> list[str]:
-    """A warning, printed too, if the loss has fallen while watched accuracy fell significantly; else none.
+    """A warning, printed too, if watched accuracy fell significantly, whatever the loss did; else none.
 
     The test is McNemar's, paired with the frozen student and one-sided. Its level is LEVEL over the number of planned
     `evaluations`, so that a student that does not change is warned of in at most 5 % of runs. The first warning is
-    printed in full, those after it are counted.
+    printed in full; those after it say at which look they were given.
     """
     right = [answer.correct for answer in answers]
-    if state.loss_last >= state.loss_first or not fell_significantly(state.frozen_watched, right, LEVEL / evaluations):
+    if not fell_significantly(state.frozen_watched, right, LEVEL / evaluations):
         return []
 
+    look = f"look {state.looks} of at most {evaluations}"
     fallen = f"watched accuracy fell from {mean(state.frozen_watched):.3f} to {mean(right):.3f}"
-    warning = f"step {state.step}: the loss fell from {state.loss_first:.3f} to {state.loss_last:.3f} while {fallen}"
-    if state.warnings:
-        run.say(f"WARNING again: {fallen} ({len(state.warnings) + 1} of {evaluations} looks)")
-    else:
-        run.say(f"WARNING {warning}")
+    warning = (f"step {state.step} ({look}): {fallen} while the loss went from {state.loss_first:.3f} to "
+               f"{state.loss_last:.3f}")
+    run.say(f"WARNING again: {fallen} ({look})" if state.warnings else f"WARNING {warning}")
     return [warning]
 
 

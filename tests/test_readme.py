@@ -121,7 +121,7 @@ def known_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             for entry in [*fields(module.Config), *fields(SurveyConfig)]:
                 flag = entry.name.replace("_", "-")
                 flags.add("--" + flag)
-                if entry.type in (bool, "bool"):
+                if entry.type in (bool, "bool", "bool | None"):
                     flags.add("--no-" + flag)
         else:
             source = Path(module.__file__).read_text(encoding="utf-8")

@@ -260,6 +260,7 @@ def one_run(cfg: Config, loop: dict[str, int], setting: Setting) -> Row:
     flags = train.Config(
         task=setting.task,
         force=True,
+        pilot_steps=0,
         out=str(folder / "run"),
         seed=setting.student_seed,
         student=str(model_folder(cfg, setting.student, setting.student_seed)),

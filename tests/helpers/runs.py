@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ITEMS = 160                                             # of the demo's 4,096: 40 held back, 120 to train on
 SMALL = {"task": "bar", "device": "cpu", "force": True, "gate_items": 16, "watch_items": 8, "held_out_items": 16,
          "items_per_round": 48, "rounds": 2, "k": 4, "min_pairs": 1, "epochs": 99, "steps_per_round": 6,
-         "eval_every": 3, "save_every": 2, "keep": 99, "min_low": 1.0}   # no gain is above 1: REJECT
+         "pilot_steps": 0, "eval_every": 3, "save_every": 2, "keep": 99, "min_low": 1.0}   # no gain is above 1: REJECT
 CHECKPOINTS = ["step-000000-000", "step-000000-001", "step-000002-001", "step-000004-001", "step-000006-001",
                "step-000006-002", "step-000008-002", "step-000010-002", "step-000012-002"]     # step and round's pairs
 # The same program in another process, on as few items; %s may break it.

@@ -80,7 +80,7 @@ def test_train(counts: Counts, dtype: str, tmp_path: Path, monkeypatch: pytest.M
     watched ones at every evaluation; the reference takes the student's features."""
     monkeypatch.setattr(train, "load_task", few(40))
     cfg = config(tmp_path / "run", gate_items=8, watch_items=4, held_out_items=8, items_per_round=20, k=3,
-                 trained_on_items=8, steps_per_round=2, dtype=dtype)
+                 trained_on_items=8, steps_per_round=2, dtype=dtype, pilot_steps=1)
     assert train.main(cfg, Ranks("cpu")) == 3
     counts.check(models=3)
 

@@ -13,15 +13,18 @@ import torch
 
 import train
 from eval import score
+from loop import gates
 from loop.optimise import learning_rate, make_optimiser, reference_model
 from loop.ranks import NonFinite, Ranks
 from loop.run import Run
 from loop.state import State
+from model import Completion
 from model.processor import Processor, QwenProcessor
-from replay import Pair
+from replay import Pair, ReplayBuffer
 from runs import by_id, config, equal, few_items, rows, start, state, summary
 from tasks import Item
 from tasks.jsonl import export_items
+from verifier import Score
 
 
 class Blind(Item):
@@ -156,8 +159,8 @@ def test_pixel_limits_reach_every_model(tmp_path: Path, monkeypatch: pytest.Monk
     with reference_model(student) as reference:
         assert reference.processor is student.processor
     deployed = []
-    monkeypatch.setattr(train, "greedy_answers", lambda run, vlm, *_: deployed.append(vlm) or [])
-    monkeypatch.setattr(train, "compare_answers", lambda *_, **__: {"reasons": []})
+    monkeypatch.setattr(gates, "greedy_answers", lambda run, vlm, *_: deployed.append(vlm) or [])
+    monkeypatch.setattr(gates, "compare_answers", lambda *_, **__: {"reasons": []})
     state_now = State(frozen_held_out=[], frozen_reviewed=[])
     train.deploy_gate(run, student, student, [], [], state_now)
     assert limits == [(None, 5000)] * 3 and deployed[0].feature_cache.max_bytes == int(run.cfg.feature_cache_gb * 1e9)
@@ -210,6 +213,46 @@ def test_a_file_without_answers(tmp_path: Path) -> None:
     assert len(used) > 0 and used <= {item.id for item in items[40:]}
     assert {row["id"] for row in rows(out / "held_out.jsonl")} < {item.id for item in items[:40]}
     assert summary(out)["steps"] > 0
+
+
+@pytest.mark.parametrize("margin_gates, fresh, replayed", [
+    ("replay", [0.2, 0.4, 0.6, 0.8], [0.6, 0.8]), ("fresh", [0.6, 0.8], [0.2, 0.4, 0.6, 0.8]),
+    ("both", [0.6, 0.8], [0.6, 0.8])])
+def test_what_the_margin_gates(margin_gates: str, fresh: list[float], replayed: list[float]) -> None:
+    """A round's fresh pairs, the pairs of the buffer, or both; a batch holds what is left of either."""
+    cfg = config(Path("x"), margin_gates=margin_gates, batch_size=4, epochs=1)
+    made = [Pair(f"q{k}", (k,), (k + 9,), margin, 0.0) for k, margin in enumerate((0.2, 0.4, 0.6, 0.8))]
+    earlier = [replace(pair, item_id=f"earlier-{pair.item_id}") for pair in made]
+    buffer = ReplayBuffer(cfg.capacity, cfg.least_replayed_margin)
+    buffer.add(earlier)
+    assert [pair.margin for pair in buffer.pairs] == replayed
+    batches = train.round_batches(cfg, buffer, State(fresh=made))
+    drawn = [pair for batch in batches for pair in batch]
+    assert sorted(pair.margin for pair in drawn if pair in made) == fresh
+    assert {pair.margin for pair in drawn if pair in earlier} <= set(replayed)
+    assert len(drawn) > len(fresh)
+
+    alone = train.round_batches(replace(cfg, replay=False), buffer, State(fresh=made))
+    assert sorted(pair.margin for batch in alone for pair in batch) == fresh
+
+
+@pytest.mark.parametrize("margin_gates, replay, least", [
+    ("replay", True, 0.0), ("fresh", True, 0.0), ("both", True, 0.5), ("replay", False, 0.0), ("fresh", False, 0.5)])
+def test_the_least_margin_that_is_trained_on(margin_gates: str, replay: bool, least: float) -> None:
+    """What one of the two shares of a batch lets through is trained on."""
+    assert config(Path("x"), margin_gates=margin_gates, replay=replay).least_margin == least
+
+
+def test_a_round_of_small_margins_is_skipped(parts: tuple, tmp_path: Path) -> None:
+    """Where tau gates fresh pairs, --min-pairs counts those that are left."""
+    items = few_items("bar")[:8]
+    candidates = [[Completion((1,), "a", "stop"), Completion((2,), "b", "stop")]] * 8
+    scores = [[Score(0.9, ""), Score(0.1 if k == 0 else 0.6, "")] for k in range(8)]
+    for margin_gates, count in (("replay", 8), ("fresh", 0), ("both", 0)):
+        run = Run(config(tmp_path / margin_gates, margin_gates=margin_gates, min_pairs=2), parts[0].ranks)
+        run.folder.joinpath("pairs").mkdir(parents=True)
+        found, counts = train.make_pairs(run, items, candidates, scores, 1)
+        assert len(found) == count and counts["skipped"] is (count == 0) and counts["pairs"] == 8
 
 
 @pytest.mark.parametrize("total, count", [(120, 48), (100, 25), (30, 48)])

@@ -8,6 +8,7 @@ import torch
 
 import train
 from eval import score
+from loop import gates
 from model import generate, load_vlm
 from runs import by_id, config, rows, start, state, summary, tree
 from train import Config
@@ -48,7 +49,7 @@ def test_block_stays_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_a_regression_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
                                    ) -> None:
-    """In full the first time; counted after that. summary.json holds all of them."""
+    """In full the first time, shortly after that, each with its look. summary.json holds all of them."""
     out = tmp_path / "run"
     monkeypatch.setattr("loop.watch.fell_significantly", lambda before, after, alpha: True)
     start(config(out, rounds=1, eval_every=2))
@@ -56,8 +57,11 @@ def test_a_regression_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = summary(out)["warnings"]
     assert len(told) == len(found) > 1 and told[0] == f"WARNING {found[0]}"
     planned = config(out, rounds=1, eval_every=2).evaluations
+    assert planned == 4 and [warning.partition(":")[0] for warning in found] == [
+        f"step {step} (look {look} of at most 4)" for look, step in enumerate((2, 4, 6), 1)]
     for number, (line, warning) in enumerate(zip(told[1:], found[1:]), 2):
-        assert line == f"WARNING again: {warning.partition(' while ')[2]} ({number} of {planned} looks)"
+        fallen = warning.partition(": ")[2].partition(" while ")[0]
+        assert line == f"WARNING again: {fallen} (look {number} of at most 4)"
 
 
 def test_stop_on_regression(tmp_path: Path) -> None:
@@ -68,11 +72,29 @@ def test_stop_on_regression(tmp_path: Path) -> None:
     assert start(config(out, stop_on_regression=True, **flags)) == 3
     found = summary(out)
     assert found["steps"] < 40 and found["warnings"] and found["post_gate"]["reasons"] == found["warnings"]
-    assert found["post_gate"]["verdict"] == "REJECT" and f"step {found['steps']}: the loss fell" in found["warnings"][0]
+    assert found["post_gate"]["verdict"] == "REJECT"
+    assert found["warnings"][0].startswith(f"step {found['steps']} (look {found['steps'] // 5} of at most ")
     assert found["loss_last"] < found["loss_first"] and found["final_accuracy"] is None
     assert not any((out / name).exists() for name in ("deploy", "candidate"))
     log = rows(out / "metrics.jsonl")
     assert log[-1]["eval/accuracy"] < log[0]["eval/accuracy"] and log[-1]["step"] == found["steps"]
+
+
+def test_stopping_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                                 ) -> None:
+    """Unless the run is forced, and however the loss goes; --no-stop-on-regression goes on."""
+    assert config(tmp_path).stops_on_regression is False        # the tests' runs are forced
+    assert config(tmp_path, stop_on_regression=True).stops_on_regression is True
+    assert config(tmp_path, force=False, stop_on_regression=False).stops_on_regression is False
+    assert Config().stops_on_regression is True
+
+    monkeypatch.setattr("loop.watch.fell_significantly", lambda before, after, alpha: True)
+    monkeypatch.setattr("loop.state.mean", lambda values: 9.0)                # of the last losses: it rose
+    out = tmp_path / "run"
+    assert start(config(out, force=False, gate_items=24)) == 3
+    assert summary(out)["pre_gate"]["verdict"] == "PASS" and summary(out)["steps"] == 3
+    assert "while the loss went from 0.693 to 9.000" in summary(out)["warnings"][0]
+    assert "stopped on regression; --no-stop-on-regression goes on to the end\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("save_every", [3, 5])
@@ -92,8 +114,8 @@ def test_promoted_weights_are_the_deployed_ones(tmp_path: Path, monkeypatch: pyt
     """On bar, with larger steps than usual: deploy/ is a model of the published layout whose accuracy is as told, and
     which was asked in the dtype that it is saved in."""
     out, asked = tmp_path / "run", []
-    real = train.greedy_answers
-    monkeypatch.setattr(train, "greedy_answers", lambda run, vlm, *others: asked.append(vlm) or real(run, vlm, *others))
+    real = gates.greedy_answers
+    monkeypatch.setattr(gates, "greedy_answers", lambda run, vlm, *others: asked.append(vlm) or real(run, vlm, *others))
     flags = {"held_out_items": 40, "items_per_round": 80, "k": 8, "lr": 3e-4, "rounds": 1, "steps_per_round": 20,
              "batch_size": 16, "min_low": -0.5}
     assert start(config(out, **flags)) == 0

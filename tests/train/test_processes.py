@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from runs import DRIVER, argv, config, rows, spawn, start, state, steps
+from runs import DRIVER, argv, config, rows, spawn, start, state, steps, summary
 
 PROCESSES = """
 real = train.main
 def both(cfg, ranks):
-    few = replace(cfg, out=cfg.out + "-lonely", batch_size=1, steps_per_round=3)
+    few = replace(cfg, out=cfg.out + "-lonely", batch_size=1, steps_per_round=3, pilot_steps=0)
     return max(real(each, ranks) for each in (cfg, few))
 train.main = both"""
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """torchrun, gloo: the same pairs in round one, the same steps; then batches of one pair, so that a process has
-    none. Gradients are compared by their norm too, since Adam does not see a wrong scale."""
+    """torchrun, gloo: the same pilot, the same pairs in round one, the same steps; then batches of one pair, so that
+    a process has none. Gradients are compared by their norm too, since Adam does not see a wrong scale."""
     flags = {"rounds": 1, "items_per_round": 80, "steps_per_round": 20, "batch_size": 9, "sample_batch": 16,
-             "eval_every": 10, "micro_batch": 4}
+             "eval_every": 10, "micro_batch": 4, "pilot_steps": 2, "pilot_items": 40}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,7 +31,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert two.stdout.count("gate after training: REJECT") == 2, two.stderr
     one = config(tmp_path / "one", **flags)
     start(one)
-    start(replace(one, out=str(tmp_path / "one-lonely"), batch_size=1, steps_per_round=3))
+    start(replace(one, out=str(tmp_path / "one-lonely"), batch_size=1, steps_per_round=3, pilot_steps=0))
+    pilots = [summary(tmp_path / name)["pre_gate"]["pilot"] for name in ("one", "two")]
+    assert pilots[0] | {"seconds": 0} == pilots[1] | {"seconds": 0} and pilots[0]["asked"] > 0
     for name, count in (("", 20), ("-lonely", 3)):
         runs = [tmp_path / ("one" + name), tmp_path / ("two" + name)]
         found = [rows(run / "pairs" / "round-1.jsonl") for run in runs]
