@@ -17,16 +17,13 @@ TOWER_PARTS = 4                                         # of a tower's head: two
 def check_qwen3_vl(text: Settings, vision: Settings) -> None:
     """The ranges of Qwen3-VL: its queries may be wider than the hidden state, its tower has a square table."""
     check_heads(text, text["head_dim"])
-    check_mrope(text, text["head_dim"])
+    mrope_counts(text)                                  # interleaved: what lies beyond a head's width is not used
     check_tower_heads(vision, "num_heads")
 
     positions = vision["num_position_embeddings"]
     if round(positions ** 0.5) ** 2 != positions:
         raise ValueError(f"{vision.source}: num_position_embeddings is {positions}, not a square")
-    taps = check_indexes(vision, "deepstack_visual_indexes", vision["depth"])
-    if len(taps) > text["num_hidden_layers"]:
-        raise ValueError(f"{vision.source}: deepstack_visual_indexes names {len(taps)} layers, one decoder layer for "
-                         f"each, and num_hidden_layers is {text['num_hidden_layers']}")
+    check_indexes(vision, "deepstack_visual_indexes", vision["depth"])
 
 
 def check_qwen2_5_vl(text: Settings, vision: Settings) -> None:
@@ -90,13 +87,21 @@ def check_tower_heads(vision: Settings, heads_name: str) -> None:
 
 
 def check_mrope(text: Settings, head_dim: int) -> None:
-    """mrope_section shares a head's frequencies out among time, height and width."""
+    """In sections, mrope_section shares all of a head's frequencies out among time, height and width."""
+    section = mrope_counts(text)
+    if sum(section) != head_dim // 2:
+        raise ValueError(f"{text.source}: mrope_section is {section!r:.80}, whose sum is not half of a head's width, "
+                         f"{head_dim // 2}")
+
+
+def mrope_counts(text: Settings) -> list[int]:
+    """mrope_section: how many frequencies turn with time, with height and with width."""
     _, scaling = rope_settings(text)
-    section = scaling["mrope_section"]
+    section: list[int] = scaling["mrope_section"]
     whole = all(type(count) is int and count >= 0 for count in section)
-    if len(section) != 3 or not whole or sum(section) != head_dim // 2:
-        raise ValueError(f"{text.source}: mrope_section is {section!r:.80}, not three counts whose sum is "
-                         f"{head_dim // 2}, half of a head's width")
+    if len(section) != 3 or not whole:
+        raise ValueError(f"{text.source}: mrope_section is {section!r:.80}, not three counts")
+    return section
 
 
 def check_llama3(text: Settings) -> None:

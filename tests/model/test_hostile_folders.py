@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import generate, load_vlm, next_digits
+from model.qwen3_vl import Qwen3VL
 from model.settings import LARGEST, read_settings
 from model.vlm import NonFiniteLogits
 from tiny import CONFIGS, chat, write_checkpoint
@@ -117,12 +118,30 @@ def test_fields_out_of_range(family: str, part: str, field: str, value: Any, tol
     assert "config.json" in message
 
 
-@pytest.mark.parametrize("section", [[4, 2], [4, 2, 1], [9, -1, 0], [4, 2, "2"], [8.0, 0, 0]])
-def test_sections_of_rotary_positions(section: list, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("family, section", [
+    *(("qwen3_vl", section) for section in ([4, 2], [9, -1, 0], [4, 2, "2"], [8.0, 0, 0])),
+    ("qwen2_5_vl", [4, 2, 1]), ("qwen2_5_vl", [4, 2])])
+def test_sections_of_rotary_positions(family: str, section: list, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Three counts; where they are sections, and not interleaved, they must share out the whole head."""
+    shutil.copytree(folders[family], tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json",             # which holds the text's fields at its top in old files
+                lambda config: config.get("text_config", config)["rope_scaling"].update(mrope_section=section))
+    assert "mrope_section is [" in refused(tmp_path / "model")
+
+
+def test_what_transformers_computes_is_computed(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Interleaved counts beyond a head's width have no effect; taps beyond the decoder's layers are not added."""
+    config = json.loads((folders["qwen3_vl"] / "config.json").read_text())
+    taps = config["vision_config"]["deepstack_visual_indexes"]
     shutil.copytree(folders["qwen3_vl"], tmp_path / "model")
     change_json(tmp_path / "model" / "config.json",
-                lambda config: config["text_config"]["rope_scaling"].update(mrope_section=section))
-    assert "mrope_section is [" in refused(tmp_path / "model")
+                lambda config: config["text_config"]["rope_scaling"].update(mrope_section=[16, 8, 8]))
+    load_vlm(tmp_path / "model")
+    with torch.device("meta"):
+        config["text_config"]["num_hidden_layers"] = len(taps) - 1
+        (tmp_path / "short").mkdir()
+        (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+        assert len(Qwen3VL(read_settings(tmp_path / "short", "config.json")).decoder.layers) == len(taps) - 1
 
 
 @pytest.mark.parametrize("factors, told", [
