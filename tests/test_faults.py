@@ -67,8 +67,10 @@ CASES = [(program, *fault[:2]) for fault in FAULTS for program in fault[2].split
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In an empty folder, without a GPU, and without asking the hub for models that it does not have."""
+    """In an empty folder, without a GPU, with few items to draw, and without asking the hub for models that it does
+    not have."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tasks.shapes.DEFAULT_ITEMS", 1200)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def no_hub(name: str, **_: object) -> None:
