@@ -361,10 +361,14 @@ def planned_output(cfg: Config) -> Output:
 
 
 def settings(cfg: Config) -> dict[str, str | int | None]:
-    """What the answers on disk depend on: another model, task or length must not be mixed in."""
+    """What the answers on disk depend on: another model, task or length must not be mixed in.
+
+    What a run itself writes is no part of its data, wherever it writes it.
+    """
+    own = output_files(cfg.out).written if cfg.out else [Path("runs", "eval")]
     return {
         "model": cfg.model, "files": fingerprint(cfg.model), "task": cfg.task,
-        "data": cfg.data, "data_files": fingerprint(cfg.data), "split": cfg.split,
+        "data": cfg.data, "data_files": fingerprint(cfg.data, own), "split": cfg.split,
         "max_new_tokens": cfg.max_new_tokens, "dtype": cfg.dtype,
         "min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels,
     }

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +171,18 @@ def shown_path(path: str | Path) -> str:
     return shown(str(path), 200)[1:-1]                              # without the quotes
 
 
-def fingerprint(path: str | None) -> str | None:
-    """Names, sizes and times of a file, or of the files in a folder; None for what is not on this disk."""
+def fingerprint(path: str | None, without: Collection[Path] = ()) -> str | None:
+    """Names, sizes and times of a file, or of the files in a folder; None for what is not on this disk.
+
+    The files and folders `without` do not count.
+    """
     if path is None or not os.path.exists(path):
         return None
+    left_out = {Path(os.path.abspath(other)) for other in without}
     stats = []
     for file in sorted([Path(path), *Path(path).rglob("*")]):
-        if file.is_file():
+        place = Path(os.path.abspath(file))
+        if file.is_file() and left_out.isdisjoint([place, *place.parents]):
             stat = file.stat()
             stats.append((file.name, stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

@@ -26,7 +26,7 @@ class Output:
     @property
     def written(self) -> tuple[Path, ...]:
         """The files that an evaluation writes."""
-        return self.report, self.answers, self.responses, self.config
+        return self.report, self.answers, self.responses, self.config, self.lock
 
     def check_unused(self) -> None:
         """ValueError where another process writes these files. It looks before a model is loaded, and holds nothing."""

@@ -356,6 +356,23 @@ def test_an_interrupted_run_asks_only_for_the_rest(task, model, tmp_path):
     assert json.loads((tmp_path / "o" / "report.json").read_text())["accuracy"]["value"] == 1.0
 
 
+@pytest.mark.parametrize("out, written", [
+    ("data/o", "data/o/responses.jsonl"), ("data/x.json", "data/x.answers.jsonl"), (None, "runs/eval/m/report.json")])
+def test_what_a_run_writes_is_not_its_data(out, written, tmp_path, monkeypatch):
+    """Below --data, too: a run that goes on would otherwise take its own answers for changed data."""
+    monkeypatch.chdir(tmp_path)
+    data = "." if out is None else "data"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part.parquet").write_text("rows")
+    cfg = ev.Config(task="mmmu", model="m", data=data, out=out)
+    before = ev.settings(cfg)
+    (tmp_path / written).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / written).write_text("answers")
+    assert ev.settings(cfg) == before
+    (tmp_path / "data" / "more.parquet").write_text("rows")
+    assert ev.settings(cfg) != before
+
+
 def test_half_a_line_is_cut_off(task, model, tmp_path):
     """The file is cut where it lies, not written again: what was answered is on the disk at every moment."""
     command = ["--task", "jsonl", "--data", task, "--model", "m", "--out", tmp_path / "o"]
