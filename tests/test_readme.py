@@ -113,7 +113,7 @@ def test_commands_are_found() -> None:
 
 def known_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Every flag of every program."""
-    flags = {*TORCHRUN, "--help"}
+    flags = {*TORCHRUN, "--help", "--ignore"}                           # pytest's, the last
     for folder, name, _ in PROGRAMS.values():
         monkeypatch.syspath_prepend(str(ROOT / folder))
         module = importlib.import_module(name)
