@@ -267,7 +267,7 @@ def pick_device(name: str | torch.device | None) -> torch.device:
     if name == "cpu":
         return torch.device(name)
     number = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))     # LOCAL_RANK: torchrun's
-    count = torch.cuda.device_count()
+    count = max(torch.cuda.device_count(), 1)           # one is available, as was just asked
     if number >= count:
         raise ValueError(f"device cuda:{number} was asked for, and there are {count}, counted from 0")
     return torch.device("cuda", number)
