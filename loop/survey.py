@@ -59,17 +59,13 @@ class Answered:
         return [completion.text for completion in self.samples[item.id]]
 
 
-def survey(cfg: SurveyConfig, cache: Path, least: float = 0.5, fresh: bool = False) -> dict[str, Surveyed]:
+def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float = 0.5) -> dict[str, Surveyed]:
     """Each verifier's records, by its name. The student answers once for all of them.
 
     All models are found before one is asked, and one at a time is in memory. `cache` is the folder of what they
-    answered before. `least`: of q, see loop/sequential.py. With `fresh` as many other items are asked about; where
-    there are fewer, nothing is asked. ValueError where no item has an answer, where a model is not there, and where an
-    item is too long for one; with cfg.skip_long such an item has empty answers and no scores.
+    answered before. `least`: of q, see loop/sequential.py. ValueError where a model is not there, and where an item is
+    too long for one; with cfg.skip_long such an item has empty answers and no scores.
     """
-    items = survey_items(cfg, fresh)
-    if not items:
-        return {}
     asked = fitting(items, answer_uses(cfg.student, cfg), cfg.skip_long)
     judged = {}                                         # what each verifier is asked about
     for name in cfg.verifier:
@@ -173,11 +169,12 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
     out = Path(decide.out)
     check_replaceable(out, {"data": cfg.data}, flag="--out")
     cache = Path(cfg.cache or out.parent / "gate_cache")
-    if len(cfg.verifier) > 1:
-        check_fresh_lengths(cfg)
+    items, fresh_items = draw_twice(load_task(cfg.task, cfg.data, cfg.split), cfg)
+    if len(cfg.verifier) > 1 and fresh_items and not cfg.skip_long:
+        check_lengths(cfg, fresh_items)                 # now: later it would end all the asking without a report
 
     with enough_memory(cfg):
-        surveyed = survey(cfg, cache, decide.min_direction)
+        surveyed = survey(cfg, items, cache, decide.min_direction)
     records = {name: of.records for name, of in surveyed.items()}
     advice, reports = judge(decide, records, {name: of.measures for name, of in surveyed.items()})
     for report in reports.values():
@@ -191,9 +188,9 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
         return advice, reports
 
     told = "It was not measured again: too few other items have an answer."
-    with enough_memory(cfg):
-        fresh = survey(replace(cfg, verifier=[winner]), cache, fresh=True)
-    if fresh:
+    if fresh_items:
+        with enough_memory(cfg):
+            fresh = survey(replace(cfg, verifier=[winner]), fresh_items, cache)
         _, again = judge(decide, {winner: fresh[winner].records}, None)
         report = again[winner]
         told = f"It was measured again on fresh items: {report['verdict']}, {'; '.join(report['reasons'])}."
@@ -204,31 +201,23 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
     return advice, reports
 
 
-def check_fresh_lengths(cfg: SurveyConfig) -> None:
-    """ValueError where an item is too long that one of the verifiers may be asked about again.
-
-    Found only then, it would end the program after all the asking, without a report.
-    """
-    if cfg.skip_long:
-        return
+def check_lengths(cfg: SurveyConfig, items: Sequence[Item]) -> None:
+    """ValueError where an item is too long for the student or for one of the verifiers."""
     uses = answer_uses(cfg.student, cfg)
     for name in cfg.verifier:
         uses += verifier_uses(name, cfg, cfg.verdict)
-    fitting(survey_items(cfg, fresh=True), uses, skip=False)
+    fitting(items, uses, skip=False)
 
 
-def survey_items(cfg: SurveyConfig, fresh: bool) -> list[Item]:
-    """The items that are asked about: `cfg.items` of those with an answer, or, if `fresh`, as many of the others."""
-    items = load_task(cfg.task, cfg.data, cfg.split)
+def draw_twice(items: Sequence[Item], cfg: SurveyConfig) -> tuple[list[Item], list[Item]]:
+    """The items that are asked about, `cfg.items` of those with an answer; as many others for a second look, none where
+    there are fewer. ValueError where no item has an answer."""
     drawn = draw_items(items, cfg.items, cfg.seed)
-    if fresh:
-        seen = {item.id for item in drawn}
-        others = [item for item in items if item.id not in seen]
-        drawn = draw_items(others, cfg.items, cfg.seed)
-        return drawn if len(drawn) == cfg.items else []
     if not drawn:
         raise ValueError(f"no item of {cfg.task} has an answer to measure against")
-    return drawn
+    seen = {item.id for item in drawn}
+    others = draw_items([item for item in items if item.id not in seen], cfg.items, cfg.seed)
+    return drawn, others if len(others) == cfg.items else []
 
 
 def draw_items(items: Iterable[Item], count: int, seed: int) -> list[Item]:

@@ -70,7 +70,7 @@ from bench_peers import (
     write_checkpoint,
 )
 from dpo import sequence_logps
-from eval import make_item
+from eval import load_task, make_item
 from eval import score as exact_match
 from loop.optimise import load_trainable, make_optimiser
 from loop.ranks import Ranks
@@ -213,7 +213,7 @@ def survey_items(size: Size, folder: Path) -> Figures:
 
     def work() -> None:
         with tempfile.TemporaryDirectory() as cache:
-            survey(asked, Path(cache))
+            survey(asked, load_task("jsonl", folder / "gate.jsonl"), Path(cache))
     return Meter(size).run(work, size.prompts)
 
 

@@ -23,7 +23,7 @@ from eval import load_task
 from loop import lengths
 from loop.lengths import answer_uses, fitting, outline_chat, verifier_uses, why_too_long
 from loop.loading import processor_alone
-from loop.survey import survey, survey_and_judge, survey_items
+from loop.survey import draw_twice, survey, survey_and_judge
 from loop.survey_flags import SurveyConfig
 from model import load_vlm
 from model.images import PictureReader
@@ -253,7 +253,7 @@ def test_items_for_a_second_look_fit(verifiers: int, skip: bool, refused: bool, 
     cfg = SurveyConfig(
         student=str(TINY / "student"), verifier=[str(TINY / "verifier"), str(TINY / "judge")][:verifiers], task="jsonl",
         data=str(data), items=1, seed=1, skip_long=skip, max_prompt_tokens=300)
-    assert [one.id for one in survey_items(cfg, fresh=True)] == ["q1"]
+    assert [one.id for one in draw_twice(load_task("jsonl", data), cfg)[1]] == ["q1"]
     with pytest.raises(ValueError if refused else KeyError, match="item 'q1': its prompt has" if refused else None):
         survey_and_judge(cfg, gate.Config(out=str(tmp_path / "report.json")), lambda *_: ({}, {}))
     assert len(asked) == (not refused)
@@ -270,7 +270,7 @@ def test_a_verifier_with_less_room(tmp_path: Path) -> None:
     cfg = SurveyConfig(
         student=str(TINY / "student"), verifier=[str(TINY / "verifier"), str(small)], task="jsonl", data=str(data), k=2,
         max_new_tokens=4, verdict_tokens=4, device="cpu", skip_long=True)
-    wide, narrow = survey(cfg, tmp_path / "cache").values()
+    wide, narrow = survey(cfg, load_task("jsonl", data), tmp_path / "cache").values()
     assert (wide.measures["too_long"], narrow.measures["too_long"]) == (0, 1)
 
     def of_long(records: list[Record]) -> list[Record]:

@@ -222,8 +222,8 @@ def test_the_recommended_one_is_measured_again(world: World, capsys: pytest.Capt
     assert world.asked()["right", "verdicts"] == 180 and world.asked()["wrong", "verdicts"] == 90
 
     drawn = []
-    for fresh in (False, True):
-        [surveyed] = survey.survey(world.config("right"), world.folder / "cache", fresh=fresh).values()
+    for part in survey.draw_twice(world.items, world.config("right")):
+        [surveyed] = survey.survey(world.config("right"), part, world.folder / "cache").values()
         drawn.append({record["item"] for record in surveyed.records})
     assert len(drawn[0]) == len(drawn[1]) == 45 and not drawn[0] & drawn[1]
 
@@ -451,14 +451,13 @@ def test_one_process_makes_a_report(world: World, capsys: pytest.CaptureFixture)
 # ---- the shipped tiny models
 
 @pytest.mark.parametrize("kind", VERDICTS)
-def test_tiny_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_models(kind: str, tmp_path: Path) -> None:
     """By every way of scoring: the scores are those of verifier.py's own function, the tokens those that it asks."""
     few = load_task("red", limit=4)
-    monkeypatch.setattr(survey, "load_task", lambda *_: few)
     cfg = SurveyConfig(
         student=str(TINY / "student"), verifier=[str(TINY / "verifier-0")], task="red", k=4, device="cpu",
         temperature=3.0, max_new_tokens=4, verdict_tokens=16, batch_size=3, verdict=kind)
-    [surveyed] = survey.survey(cfg, tmp_path / "cache").values()
+    [surveyed] = survey.survey(cfg, few, tmp_path / "cache").values()
     records = surveyed.records
     texts = [[record["text"] for record in records if record["item"] == item.id] for item in few]
     assert len(records) == 16 and any(len(set(row)) > 1 for row in texts)
