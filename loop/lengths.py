@@ -159,11 +159,4 @@ class Outline(Image.Image):
 
 def outline_chat(item: Item) -> Chat:
     """item.chat(), with outlines in place of its pictures."""
-    content: list[dict] = []
-    for part in item.prompt:
-        if isinstance(part, str):
-            content.append({"type": "text", "text": part})
-        else:
-            size = picture_size(item.images[part], f"item {item.id!r:.80}")
-            content.append({"type": "image", "image": Outline(size)})
-    return [{"role": "user", "content": content}]
+    return item.chat_with(lambda encoded, owner: Outline(picture_size(encoded, owner)))

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tasks.pictures import encoded_bytes, open_image
 
@@ -56,13 +58,17 @@ class Item:
 
     def chat(self) -> list[dict]:
         """The prompt as Hugging Face writes chats; the pictures are opened here and not before."""
+        return self.chat_with(open_image)
+
+    def chat_with(self, picture: Callable[[bytes | Path, str], Any]) -> list[dict]:
+        """The same chat with picture(encoded, owner) for each picture; `owner` is what messages call this item."""
         content: list[dict] = []
         for part in self.prompt:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             else:
-                picture = open_image(self.images[part], f"item {self.id!r:.80}")
-                content.append({"type": "image", "image": picture})
+                shown = picture(self.images[part], f"item {self.id!r:.80}")
+                content.append({"type": "image", "image": shown})
         return [{"role": "user", "content": content}]
 
     @cached_property
