@@ -30,7 +30,7 @@ if __name__ == "__main__":                      # before what takes its time: Ct
 
 from tasks import TASKS, Item, Verdict, jsonl, task_module
 from tasks.endings import EXPECTED, check_can_write, end, say, writing
-from tasks.flags import check_pixel_range, check_ranges, flag, parse_flags
+from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag, parse_flags
 from tasks.jsonl import Response
 from tasks.loading import fingerprint, shown
 from tasks.output import Output, output_files
@@ -54,7 +54,7 @@ class Config:
     skip_long: bool = flag(False, "do not ask items with longer prompts: they count as wrong")
     batch_size: int = flag(8, "prompts at a time", low=1)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
-    dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=("float32", "bfloat16"))
+    dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=DTYPES)
     min_pixels: int | None = flag(None, "enlarge smaller pictures to this area (default: the model's own)", low=1)
     max_pixels: int | None = flag(None, "shrink larger pictures to this area: less memory", low=1)
     feature_cache_gb: float = flag(4.0, "memory for image features, which several items may need, GB", low=0)
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                 asked = fitting(items, answer_uses(cfg.model, cfg), cfg.skip_long)
                 vlm = frozen(load_vlm(cfg.model, device, activation_dtype(cfg.dtype, device)), cfg)
                 greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
-                out.reopen(settings(cfg))           # not before: what is wrong with the model leaves nothing on disk
+                out.reopen()                        # not before: what is wrong with the model leaves nothing on disk
                 completions = ask(asked, greedy, out, cfg.batch_size)
             finish(items, with_unasked(items, asked, completions, TOO_LONG), out)
     except EXPECTED as error:
@@ -353,8 +353,10 @@ def planned_output(cfg: Config) -> Output:
 
     ValueError where another process writes them now, where they are inputs, or cannot be written.
     """
-    name = hashlib.sha256(json.dumps(settings(cfg)).encode()).hexdigest()[:8]
+    now = settings(cfg)
+    name = hashlib.sha256(json.dumps(now).encode()).hexdigest()[:8]
     out = output_files(cfg.out or Path("runs", "eval", f"{cfg.task}-{Path(cfg.model).name[:80]}-{name}"))
+    out.settings = now
     check_outputs(cfg, *out.written)
     out.check_unused()
     return out

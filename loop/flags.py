@@ -7,9 +7,7 @@ import re
 from dataclasses import dataclass
 
 from tasks import TASKS
-from tasks.flags import check_pixel_range, check_ranges, flag
-
-DTYPE_NAMES = ("float32", "bfloat16")
+from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class TrainingFlags:
     save_every: int = flag(20, "steps between checkpoints", low=1)
     keep: int = flag(2, "checkpoints kept", low=1)
     device: str | None = flag(None, "cpu, cuda or cuda:N (default: cuda where there is one)")
-    dtype: str | None = flag(None, "of activations (default: bfloat16 on cuda, else float32)", choices=DTYPE_NAMES)
+    dtype: str | None = flag(None, "of activations (default: bfloat16 on cuda, else float32)", choices=DTYPES)
     feature_cache_gb: float = flag(4.0, "memory for image features kept between calls, GB a model", low=0)
 
     def __post_init__(self) -> None:

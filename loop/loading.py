@@ -13,8 +13,6 @@ from model.processor import Processor
 from model.settings import read_settings
 from model.vlm import FeatureCache
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}         # by their names in --dtype
-
 
 class AskFlags(Protocol):
     """The flags of a program that asks a model."""
@@ -26,7 +24,8 @@ class AskFlags(Protocol):
 def activation_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype of activations that --dtype names; without it bfloat16 on a GPU, float32 on a CPU."""
     if name:
-        return DTYPES[name]
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loop.flags import DTYPE_NAMES
 from tasks import TASKS
-from tasks.flags import check_pixel_range, check_ranges, flag
+from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag
 from verifier import VERDICTS
 
 
@@ -33,7 +32,7 @@ class SurveyConfig:
     batch_size: int = flag(16, "prompts prefilled together, items in a file of the cache", low=1)
     seed: int = flag(0, "seed of the choice of items and of the sampling", low=0)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
-    dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=DTYPE_NAMES)
+    dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=DTYPES)
     min_pixels: int | None = flag(None, "enlarge smaller pictures to this area (default: the model's own)", low=1)
     max_pixels: int | None = flag(None, "shrink larger pictures to this area: less memory", low=1)
     cache: str | None = flag(None, "folder of what models answered (default: gate_cache beside the report)")

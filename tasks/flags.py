@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 from tasks.endings import one_line
 
 C = TypeVar("C")                                # a Config
+DTYPES = ("float32", "bfloat16")                # what --dtype takes: names of torch's
 PLACEHOLDERS = {int: "N", float: "X"}           # what --help shows for a flag's value; TEXT for the rest
 
 

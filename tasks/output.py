@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,16 @@ class Output:
         if self.lock.exists():
             take_lock(self.lock, self.report)
 
-    def reopen(self, settings: Mapping[str, Any]) -> None:
+    def reopen(self) -> None:
         """Keep other processes out, and make sure that what is there was answered under the same settings.
 
         ValueError where another process writes these files, or they hold answers of other settings. No file is changed.
         """
         self.held = take_lock(self.lock, self.report)
-        self.settings = dict(settings)
         if not self.responses.exists():
             return
         before = self._earlier_settings()
-        for name, now in settings.items():
+        for name, now in self.settings.items():
             if before.get(name) != now:
                 raise ValueError(f"{self.responses} holds answers of another run: {name} was "
                                  f"{shown(before.get(name))}, is {shown(now)}; give another --out")

@@ -134,7 +134,7 @@ def test_an_item_that_has_gone(tmp_path: Path) -> None:
 def reopened(cfg: evaluation.Config) -> Output:
     """The files of an evaluation, as its program opens them."""
     out = evaluation.planned_output(cfg)
-    out.reopen(evaluation.settings(cfg))
+    out.reopen()
     return out
 
 
