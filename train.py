@@ -45,6 +45,7 @@ from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.loading import frozen, pairs_at_once
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, row_logps
 from loop.pilot import LoopSteps
+from loop.probe import probe
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
@@ -83,6 +84,8 @@ class Config(TrainingFlags):
     require_gain: bool = flag(False, "promote only if a gain of 0 is excluded, too")
     pilot_steps: int = flag(20, "steps of a trial before round 1, undone again (0: none)", low=0)
     pilot_items: int = flag(200, "items of the train split that are answered around it", low=1)
+    probe_items: int = flag(0, "of the gate's items, measured again before each round (0: none)",
+                            low=0)
     stop_on_regression: bool | None = flag(None, "stop (exit 3) once watched accuracy fell "
                                                  "significantly (default: unless --force)")
 
@@ -173,8 +176,8 @@ def main(cfg: Config, ranks: Ranks) -> int:
     first_round = round_items(cfg, splits.train, 0)
     reviewed = draw_items(first_round, cfg.trained_on_items, cfg.seed)
 
+    loop = LoopSteps(sample, score, with_reference_logps, train_step)       # for pilot and probes
     if state.pre_gate is None:
-        loop = LoopSteps(sample, score, with_reference_logps, train_step)   # for the pilot
         state.pre_gate = gate_before(run, student, verifier, splits, loop)
         if state.pre_gate["verdict"] == "BLOCK" and not cfg.force:
             return finish(run, state, None)                             # exit 3, nothing trained
@@ -190,6 +193,10 @@ def main(cfg: Config, ranks: Ranks) -> int:
 
     while state.round < cfg.rounds:
         if state.fresh is None:
+            if state.round > 0 and cfg.probe_items:
+                probe(run, student, verifier, splits.gate, state, loop)
+                if cfg.stops_on_regression and state.warnings:
+                    return finish(run, state, state.regression)
             items = round_items(cfg, splits.train, state.round)
             candidates = sample(run, student, items, state.round + 1)   # K an item, ids kept
             scores = score(run, verifier, items, candidates)            # [0, 1] or None

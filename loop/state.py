@@ -31,8 +31,9 @@ class State:
     frozen_watched: list[bool] = field(default_factory=list)    # which watched items the frozen student gets right
     losses: list[float] = field(default_factory=list)   # of every step
     rounds: list[dict[str, Any]] = field(default_factory=list)      # counts and directions of every round's pairs
+    probes: list[dict[str, Any]] = field(default_factory=list)      # see loop/probe.py
     looks: int = 0                                      # evaluations on the watch split since the first step
-    warnings: list[str] = field(default_factory=list)   # of watched accuracy that fell
+    warnings: list[str] = field(default_factory=list)   # of watched accuracy that fell, of probes
 
     @property
     def loss_first(self) -> float | None:
@@ -69,6 +70,7 @@ class State:
             "loss_last": self.loss_last,
             "steps": self.step,
             "rounds": self.rounds,
+            "probes": self.probes,
             "warnings": self.warnings,
         }
 
