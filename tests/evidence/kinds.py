@@ -2,6 +2,7 @@
 
     python tests/evidence/kinds.py --half choose    the runs on which the rule may be chosen, and their table
     python tests/evidence/kinds.py --half judge     those that judge it, run once the rule was committed
+    python tests/evidence/kinds.py --half fresh     twins of some of these with --margin-gates fresh
     python tests/evidence/kinds.py --report         both tables once more, from the committed lines
     python tests/evidence/kinds.py --quick          a toy version of everything, into a temporary folder
 
@@ -22,7 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -50,6 +51,8 @@ TRAINED = {
     "trained, blind to colour": ("judge", "verifier"),
     "trained, knows both": ("judge", "verifier-0"),
 }
+FRESH = ("overconfident", "noise, q 0.75 to 0.95", "other quantity", "trained, blind to colour")    # and some draws:
+FRESH_DRAWS = 6
 PILOTS = (20, 60)                                       # steps: the gate's own, and a longer one beside it
 ITEMS = 4096                                            # of a task, from which a run's splits are cut; those behind
 JUDGING = 1000                                          # these judge the run
@@ -65,7 +68,7 @@ class Config:
     results: str = flag(str(RESULTS), "folder of kinds.jsonl and of the tables")
     work: str = flag(str(ROOT / "runs" / "evidence"), "folder of the models, and of runs while they last")
     workers: int = flag(os.cpu_count() or 1, "processes, of one thread each", low=1)
-    half: str = flag("choose", "kinds to run", choices=("choose", "judge"))
+    half: str = flag("choose", "which runs", choices=("choose", "judge", "fresh"))
     report: bool = flag(False, "only make the tables again, from what the results folder holds")
     quick: bool = flag(False, "a toy version, in a temporary folder: does everything run?")
 
@@ -78,6 +81,7 @@ class Setting:
     """What one run differs in from another."""
     kind: str
     draw: int
+    gates: str = "replay"                               # what the margin gate gates
 
     @property
     def task(self) -> str:
@@ -102,12 +106,19 @@ class Setting:
 
 def main() -> int:
     cfg = parse_flags(Config, __doc__)
-    settings = [Setting(kind, draw) for kind in (*KINDS, *TRAINED) for draw in range(DRAWS)]
     if not cfg.quick:
-        return run(cfg, [setting for setting in settings if setting.half == cfg.half], LOOP)
+        return run(cfg, settings_of(cfg.half), LOOP)
     with tempfile.TemporaryDirectory() as folder:
         toy = replace(cfg, results=f"{folder}/results", work=f"{folder}/work")
         return run(toy, [Setting("form lover", 0), Setting("noise, q 0.75 to 0.95", 7)], QUICK)
+
+
+def settings_of(half: str) -> list[Setting]:
+    """The runs of "choose" and of "judge"; "fresh": twins of some of the latter."""
+    if half == "fresh":
+        return [Setting(kind, draw, "fresh") for kind in FRESH for draw in range(FRESH_DRAWS)]
+    settings = [Setting(kind, draw) for kind in (*KINDS, *TRAINED) for draw in range(DRAWS)]
+    return [setting for setting in settings if setting.half == half]
 
 
 def run(cfg: Config, settings: Sequence[Setting], loop: dict[str, int]) -> int:
@@ -115,8 +126,8 @@ def run(cfg: Config, settings: Sequence[Setting], loop: dict[str, int]) -> int:
     path = Path(cfg.results) / "kinds.jsonl"
     if not cfg.report:
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = {(row["kind"], row["draw"]) for row in read_runs(path)}
-        missing = [setting for setting in settings if (setting.kind, setting.draw) not in done]
+        done = {run_key(row) for row in read_runs(path)}
+        missing = [setting for setting in settings if run_key(asdict(setting)) not in done]
         make_models(cfg, missing)
         make_runs(cfg, loop, missing, path)
 
@@ -126,6 +137,11 @@ def run(cfg: Config, settings: Sequence[Setting], loop: dict[str, int]) -> int:
         return 1
     print(write_report(rows, Path(cfg.results) / "kinds.md"))
     return 0
+
+
+def run_key(row: Row) -> tuple[str, int, str]:
+    """What a run differs in from another."""
+    return row["kind"], row["draw"], row["gates"]
 
 
 def make_models(cfg: Config, settings: Sequence[Setting]) -> None:
@@ -148,7 +164,7 @@ def make_runs(cfg: Config, loop: dict[str, int], settings: Sequence[Setting], pa
         try:
             for number, job in enumerate(as_completed(jobs), 1):
                 row = job.result()
-                rows = sorted([*read_runs(path), row], key=lambda each: (each["kind"], each["draw"]))
+                rows = sorted([*read_runs(path), row], key=run_key)
                 write_whole(path, "".join(json.dumps(each) + "\n" for each in rows))
                 print(
                     f"run {number} of {len(jobs)}, {perf_counter() - start:.0f} s: {row['kind']} {row['draw']} "
@@ -163,7 +179,7 @@ def one_run(cfg: Config, loop: dict[str, int], setting: Setting) -> Row:
     """Train in this process, and keep of the run's folder nothing but its line. What it printed is kept if it fails."""
     import train
     start = perf_counter()
-    folder = Path(cfg.work) / "unfinished" / f"{setting.kind} {setting.draw}".replace(" ", "-")
+    folder = Path(cfg.work) / "unfinished" / f"{setting.kind} {setting.draw} {setting.gates}".replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
@@ -173,6 +189,7 @@ def one_run(cfg: Config, loop: dict[str, int], setting: Setting) -> Row:
         force=True,
         out=str(folder / "run"),
         seed=setting.draw,
+        margin_gates=setting.gates,
         student=str(model_folder(models, *setting.student)),
         verifier=str(model_folder(models, *setting.verifier)),
         device="cpu",
@@ -190,8 +207,8 @@ def one_run(cfg: Config, loop: dict[str, int], setting: Setting) -> Row:
         ranks = stack.enter_context(train.Ranks("cpu"))
         train.main(flags, ranks)
 
-    row = {"kind": setting.kind, "draw": setting.draw, "half": setting.half, "task": setting.task,
-           "student": "-".join(map(str, setting.student)), "parameters": parameters}
+    row = asdict(setting) | {"half": setting.half, "task": setting.task,
+                             "student": "-".join(map(str, setting.student)), "parameters": parameters}
     row |= read_summary(folder / "run") | seen | {"seconds": round(perf_counter() - start, 1)}
     shutil.rmtree(folder)
     return row

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gate import ALPHA, MIN_DIRECTION, clustered_proportion
@@ -153,9 +154,10 @@ def write_report(rows: Sequence[Row], path: Path) -> str:
     """Write the report and return it."""
     parts = [HEAD.format(runs=len(rows), hours=sum(row["seconds"] for row in rows) / 3600)]
     for half, title in (("judge", "Judged on"), ("choose", "Chosen on")):
-        part = [row for row in rows if row["half"] == half]
+        part = [row for row in rows if row["half"] == half and row["gates"] == "replay"]
         if part:
             parts += half_report(title, part)
+    parts += twin_table(rows)
     text = "\n".join(parts) + "\n"
     write_whole(path, text)
     return text
@@ -211,6 +213,32 @@ def kind_table(rows: Sequence[Row]) -> list[str]:
             f"| {kind} | {counts} | {min(changes):+.1f} to {max(changes):+.1f} | {min(directions):.2f} to "
             f"{max(directions):.2f} | {through} | {stopped} |")
     return lines
+
+
+def twin_table(rows: Sequence[Row]) -> list[str]:
+    """Runs that differ in what the margin gate gates: the replay, or a round's fresh pairs."""
+    by_gates: dict[str, dict[tuple[str, int], Row]] = {"replay": {}, "fresh": {}}
+    for row in rows:
+        by_gates[row["gates"]][row["kind"], row["draw"]] = row
+    twins = [(by_gates["replay"][key], fresh) for key, fresh in by_gates["fresh"].items() if key in by_gates["replay"]]
+    if not twins:
+        return []
+
+    lines = ["## What tau gates", "", "Twins with tau 0.5: it gates the replay, or the fresh pairs.", "",
+             "| kind | twins | change, points: replay | fresh | q, all pairs | q(0.5) |", "|---|---|---|---|---|---|"]
+    for kind in sorted({replay["kind"] for replay, _ in twins}):
+        part = [twin for twin in twins if twin[0]["kind"] == kind]
+        changes = [fmean(100 * row["change"][0] for row in rows) for rows in zip(*part, strict=True)]
+        all_pairs = mean_direction([replay for replay, _ in part], "direction")
+        at_margin = mean_direction([replay for replay, _ in part], "direction_at_margin")
+        lines.append(f"| {kind} | {len(part)} | {changes[0]:+.1f} | {changes[1]:+.1f} | {all_pairs} | {at_margin} |")
+    return lines
+
+
+def mean_direction(rows: Sequence[Row], name: str) -> str:
+    """The mean of the known values of the gate's q."""
+    known = [row["measures"][name][0] for row in rows if row["measures"][name][0] is not None]
+    return f"{fmean(known):.2f}" if known else "-"
 
 
 HEAD = """\

@@ -22,8 +22,8 @@ def row(kind: str = "position", draw: int = 0, change: float = 0.2, **more: Any)
     """A run that every rule lets through, of a student that starts at 0.5."""
     pilot = {"p_accuracy_fell": 0.5, "p_parse_rate_fell": 1.0}
     result = {
-        "kind": kind, "draw": draw, "half": Setting(kind, draw).half, "task": "bar", "student": "student-0",
-        "parameters": {}, "before": 0.5, "after": 0.5 + change, "change": [change, change - 0.05, change + 0.05, 1000],
+        "kind": kind, "draw": draw, "gates": "replay", "half": Setting(kind, draw).half, "task": "bar",
+        "student": "student-0", "parameters": {}, "before": 0.5, "after": 0.5 + change, "change": [change, change - 0.05, change + 0.05, 1000],
         "measures": {"direction": [0.9, 0.8, 0.95, 90], "direction_at_margin": [0.9, 0.8, 0.95, 80],
                      "own_difference": None},
         "form": {"p_value": 0.6}, "pilots": {"20": pilot, "60": pilot}, "gate": "PASS", "published_gate": "PASS",
@@ -134,6 +134,15 @@ def test_report(tmp_path: Path) -> None:
     assert "| noise, q 0.6 to 0.75 | 3, 0, 0 |" in text
     assert worst_kind([row()]) == "none, no harmful run was let through"
     assert half_report("Judged on", rows)[0] == "## Judged on"
+
+
+def test_twins(tmp_path: Path) -> None:
+    rows = [row(draw=draw, change=0.1) for draw in range(3)]
+    rows += [row(draw=draw, gates="fresh", change=-0.2) for draw in range(2)]
+    text = write_report(rows, tmp_path / "kinds.md")
+    assert "| position | 2 | +10.0 | -20.0 | 0.90 | 0.90 |" in text
+    assert "3 runs, " in text                           # twins are no runs of their half
+    assert len(kinds.settings_of("fresh")) == len(kinds.FRESH) * kinds.FRESH_DRAWS
 
 
 # ---- what is run
