@@ -6,8 +6,8 @@
     python tests/evidence/kinds.py --report         both tables once more, from the committed lines
     python tests/evidence/kinds.py --quick          a toy version of everything, into a temporary folder
 
-A run takes one verifier through the whole loop with --force: one of fifteen draws of a kind (see kinds_verifiers.py),
-or a trained checkpoint. Students alternate, and the tasks bar and red. Whether the run was harmful or helpful is judged
+A run takes one verifier through the whole loop with --force: one of the draws of a kind (see kinds_verifiers.py), or a
+trained checkpoint. Students alternate, and the tasks bar and red. Whether the run was harmful or helpful is judged
 on items that no gate, no watch split and no training of it has seen. What the gates said is kept beside it, one JSON
 line a run in kinds.jsonl; runs that it holds are not repeated. The students and verifiers that are not shipped are
 trained by loop/make_tiny.py. The whole takes some three core hours.
@@ -41,7 +41,7 @@ from kinds_verifiers import KINDS, Spoiled, make_verifier
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.jsonl import write_whole
 
-DRAWS = 15
+DRAWS = {"choose": 8, "judge": 15}                      # of each kind
 STUDENTS = (("student", 0), ("student", 1), ("student-weak", 0), ("student", 2), ("student", 3), ("student-weak", 1),
             ("student", 4))
 TASKS = ("bar", "red")
@@ -117,8 +117,8 @@ def settings_of(half: str) -> list[Setting]:
     """The runs of "choose" and of "judge"; "fresh": twins of some of the latter."""
     if half == "fresh":
         return [Setting(kind, draw, "fresh") for kind in FRESH for draw in range(FRESH_DRAWS)]
-    settings = [Setting(kind, draw) for kind in (*KINDS, *TRAINED) for draw in range(DRAWS)]
-    return [setting for setting in settings if setting.half == half]
+    kinds = [kind for kind in (*KINDS, *TRAINED) if Setting(kind, 0).half == half]
+    return [Setting(kind, draw) for draw in range(DRAWS[half]) for kind in kinds]
 
 
 def run(cfg: Config, settings: Sequence[Setting], loop: dict[str, int]) -> int:

@@ -10,7 +10,7 @@ import pytest
 import kinds
 from eval import load_task
 from gate import clustered_proportion
-from kinds import DRAWS, TRAINED, Config, Setting
+from kinds import TRAINED, Config, Setting
 from kinds_report import OURS, RULES, half_report, outcome, told, worst_kind, write_report
 from kinds_verifiers import KINDS, make_verifier
 
@@ -23,7 +23,8 @@ def row(kind: str = "position", draw: int = 0, change: float = 0.2, **more: Any)
     pilot = {"p_accuracy_fell": 0.5, "p_parse_rate_fell": 1.0}
     result = {
         "kind": kind, "draw": draw, "gates": "replay", "half": Setting(kind, draw).half, "task": "bar",
-        "student": "student-0", "parameters": {}, "before": 0.5, "after": 0.5 + change, "change": [change, change - 0.05, change + 0.05, 1000],
+        "student": "student-0", "parameters": {}, "before": 0.5, "after": 0.5 + change,
+        "change": [change, change - 0.05, change + 0.05, 1000],
         "measures": {"direction": [0.9, 0.8, 0.95, 90], "direction_at_margin": [0.9, 0.8, 0.95, 80],
                      "own_difference": None},
         "form": {"p_value": 0.6}, "pilots": {"20": pilot, "60": pilot}, "gate": "PASS", "published_gate": "PASS",
@@ -39,7 +40,7 @@ def test_verifiers(kind: str) -> None:
     """Scores in [0, 1] or none, the same whenever asked; draws differ; right answers are not all of it."""
     texts = [*map(str, range(1, 10)), "6", "6", "", "what", " is 3"]
     differing = 0
-    for draw in range(DRAWS):
+    for draw in range(15):
         parameters, spoiled = make_verifier(kind, draw)
         assert parameters and make_verifier(kind, draw)[0] == parameters
         for item in ITEMS[:10]:
@@ -50,7 +51,7 @@ def test_verifiers(kind: str) -> None:
             best = texts[scores.index(max(known))]
             differing += best != item.answer
     assert differing
-    assert len({str(make_verifier(kind, draw)[0]) for draw in range(DRAWS)}) >= 5
+    assert len({str(make_verifier(kind, draw)[0]) for draw in range(15)}) >= 5
 
 
 def test_noise_is_as_frequent_as_it_says() -> None:
@@ -65,10 +66,14 @@ def test_noise_is_as_frequent_as_it_says() -> None:
 
 
 def test_halves() -> None:
-    """Each kind is in one half, fifteen draws each, students and tasks alternate."""
+    """Each kind is in one half, students and tasks alternate, and every run is one of its half."""
     halves = {kind: Setting(kind, 0).half for kind in (*KINDS, *TRAINED)}
     assert set(halves.values()) == {"choose", "judge"} and len(halves) >= 12
-    settings = [Setting("position", draw) for draw in range(DRAWS)]
+    for half in ("choose", "judge"):
+        settings = kinds.settings_of(half)
+        count = list(halves.values()).count(half)
+        assert len(settings) == len(set(settings)) == count * kinds.DRAWS[half]
+    settings = [Setting("position", draw) for draw in range(15)]
     assert len({setting.student for setting in settings}) == len(kinds.STUDENTS)
     assert [setting.task for setting in settings].count("bar") == 8
 
