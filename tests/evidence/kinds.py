@@ -41,7 +41,7 @@ from kinds_verifiers import KINDS, Spoiled, make_verifier
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.jsonl import write_whole
 
-DRAWS = {"choose": 8, "judge": 15}                      # of each kind
+DRAWS = {"choose": 4, "judge": 15}                      # of each kind
 STUDENTS = (("student", 0), ("student", 1), ("student-weak", 0), ("student", 2), ("student", 3), ("student-weak", 1),
             ("student", 4))
 TASKS = ("bar", "red")
@@ -53,11 +53,12 @@ TRAINED = {
 }
 FRESH = ("overconfident", "noise, q 0.75 to 0.95", "other quantity", "trained, blind to colour")    # and some draws:
 FRESH_DRAWS = 6
-PILOTS = (20, 60)                                       # steps: the gate's own, and a longer one beside it
+PILOT = 20                                              # steps of the gate's own
+LONG_PILOT = 60                                         # of another one, which was tried on the half to choose on
 ITEMS = 4096                                            # of a task, from which a run's splits are cut; those behind
 JUDGING = 1000                                          # these judge the run
 LOOP = {"watch_items": 100, "trained_on_items": 20, "eval_every": 20, "save_every": 1000, "probe_items": 200,
-        "pilot_steps": PILOTS[0]}
+        "pilot_steps": PILOT}
 QUICK = {"gate_items": 12, "watch_items": 8, "held_out_items": 20, "trained_on_items": 4, "rounds": 2,
          "items_per_round": 24, "steps_per_round": 2, "min_pairs": 1, "probe_items": 12, "pilot_steps": 1,
          "pilot_items": 20}
@@ -200,7 +201,7 @@ def one_run(cfg: Config, loop: dict[str, int], setting: Setting) -> Row:
         if setting.kind in KINDS:
             parameters, spoiled = make_verifier(setting.kind, setting.draw)
             stack.enter_context(asked_instead(spoiled))
-        stack.enter_context(looked_at(seen, setting.task))
+        stack.enter_context(looked_at(seen, setting))
         log = stack.enter_context(open(folder / "log.txt", "w", encoding="utf-8"))
         stack.enter_context(redirect_stdout(log))
         stack.enter_context(redirect_stderr(log))
@@ -247,8 +248,8 @@ def asked_instead(spoiled: Spoiled) -> Iterator[None]:
 
 
 @contextmanager
-def looked_at(seen: dict[str, Any], task: str) -> Iterator[None]:
-    """Inside, train.py notes in `seen` what it does not keep itself: the longer pilots, and the trained student's
+def looked_at(seen: dict[str, Any], setting: Setting) -> Iterator[None]:
+    """Inside, train.py notes in `seen` what it does not keep itself: the longer pilot, and the trained student's
     answers to the items that judge it, compared with the frozen one's."""
     import loop.gates
     import train
@@ -256,16 +257,16 @@ def looked_at(seen: dict[str, Any], task: str) -> Iterator[None]:
     def pilots(run: Any, *args: Any) -> Any:
         found = run_pilot(run, *args)
         seen["pilots"] = {run.cfg.pilot_steps: pilot_figures(found)}
-        for steps in PILOTS[1:]:
+        if setting.half == "choose":
             cfg = run.cfg
-            run.cfg = replace(cfg, pilot_steps=steps)
-            seen["pilots"][steps] = pilot_figures(run_pilot(run, *args))
+            run.cfg = replace(cfg, pilot_steps=LONG_PILOT)
+            seen["pilots"][LONG_PILOT] = pilot_figures(run_pilot(run, *args))
             run.cfg = cfg
         return found
 
     def judged_gate(run: Any, student: Any, *args: Any) -> Any:
-        frozen = frozen_answers(run.cfg.student, task)
-        after = answers(student, task)
+        frozen = frozen_answers(run.cfg.student, setting.task)
+        after = answers(student, setting.task)
         seen.update(compared(frozen, after))
         return deploy_gate(run, student, *args)
 
