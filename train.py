@@ -3,6 +3,7 @@ student improve? ("When Good Verifiers Go Bad", arXiv 2606.14629)
 
     python train.py                                 the demo: one task works, one fails silently
     python train.py --task bar --out runs/bar       one run on the tiny models that are shipped
+    python train.py --pairs FILE --task bar         DPO on preference pairs that exist
     torchrun --nproc-per-node 8 train.py --task mathvista --data DIR --out DIR \\
         --student Qwen/Qwen3-VL-2B-Instruct --verifier Qwen/Qwen3-VL-8B-Instruct \\
         --lr 1e-6 --max-new-tokens 512 --verdict-tokens 64 --micro-batch 1

@@ -24,6 +24,7 @@ from typing import Any
 from tasks import Item
 from tasks.jsonl import read_lines
 from tasks.loading import column, data_path, encoded_image, read_parquet, read_rows, shown, shown_path, text_column
+from tasks.pictures import picture_size
 
 FILES = (".jsonl", ".json", ".parquet")
 COLUMNS = ("prompt", "question", "messages", "conversations", "chosen", "rejected", "rejected_response", "completion",
@@ -254,6 +255,7 @@ def read_pictures(row: dict, base: Path | None) -> tuple[bytes | Path, ...]:
         picture = encoded_image(value, base)
         if picture is None:
             raise ValueError(f"one of its {len(values)} pictures is missing: {shown(value)}")
+        picture_size(picture)                           # what is no picture is refused here, where its line is known
         pictures.append(picture)
     return tuple(pictures)
 
