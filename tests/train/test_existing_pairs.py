@@ -212,7 +212,8 @@ def test_usage(words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("change, told", [
     ({"rejected": None}, "has nothing in column 'rejected'"), ({"image": "none.png"}, "none.png does not exist"),
     ({"rejected": " "}, "the rejected answer is empty"), ({"rejected": "3", "chosen": "3"}, "are the same answer"),
-    ("cut", "is not JSON"), ({"image": "half.png"}, "cannot decode the picture"), ({"rejected": "e\u0301", "chosen": "\u00e9"}, "same")])
+    ({"rejected": "e\u0301", "chosen": "\u00e9"}, "are the same tokens"), ("cut", "is not JSON"),
+    ({"image": "half.png"}, "cannot decode the picture")])
 def test_bad_input(change: Any, told: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                    capsys: pytest.CaptureFixture) -> None:
     """The same from the command line, for the second of two lines."""
