@@ -63,13 +63,14 @@ class Pair:
 
     `reference_*_logp` are the reference model's summed log-probabilities in nats, None until they
     are computed, and `reference_key` names what they were computed from. `row_tokens` counts the
-    tokens of the pair's packed row, pictures included.
+    tokens of the pair's packed row, pictures included. A pair that no verifier has scored has None
+    for its scores, a margin of 0, and is never replayed.
     """
     item_id: str
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
-    chosen_score: float
-    rejected_score: float
+    chosen_score: float | None
+    rejected_score: float | None
     chosen_text: str = ""
     rejected_text: str = ""
     reference_chosen_logp: float | None = None
@@ -79,6 +80,8 @@ class Pair:
 
     @property
     def margin(self) -> float:
+        if self.chosen_score is None or self.rejected_score is None:
+            return 0.0
         return margin(self.chosen_score, self.rejected_score)
 
 
@@ -398,8 +401,9 @@ class ReplayBuffer:
         self.pairs: deque[Pair] = deque(maxlen=capacity)
 
     def add(self, pairs: Iterable[Pair]) -> int:
-        """Admit the pairs whose margin reaches the gate; returns how many did."""
-        admitted = [pair for pair in pairs if pair.margin >= self.min_margin]
+        """Admit the scored pairs whose margin reaches the gate; returns how many did."""
+        scored = [pair for pair in pairs if pair.chosen_score is not None]
+        admitted = [pair for pair in scored if pair.margin >= self.min_margin]
         self.pairs.extend(admitted)
         return len(admitted)
 

@@ -3,6 +3,7 @@ student improve? ("When Good Verifiers Go Bad", arXiv 2606.14629)
 
     python train.py                                 the demo: one task works, one fails silently
     python train.py --task bar --out runs/bar       one run on the tiny models that are shipped
+    python train.py --pairs FILE --task bar         DPO on preference pairs that exist
     torchrun --nproc-per-node 8 train.py --task mathvista --data DIR --out DIR \\
         --student Qwen/Qwen3-VL-2B-Instruct --verifier Qwen/Qwen3-VL-8B-Instruct \\
         --lr 1e-6 --max-new-tokens 512 --verdict-tokens 64 --micro-batch 1
@@ -36,14 +37,14 @@ from torch import Tensor
 
 from dpo import LOSS_TYPES, METRICS, pair_objective
 from eval import load_task
-from loop import demo
+from loop import demo, existing_pairs
 from loop.asking import greedy_answers, verdicts
 from loop.disk import check_disk
-from loop.flags import TrainingFlags
 from loop.gates import deploy_gate, gate_before
 from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.loading import frozen, pairs_at_once
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, row_logps
+from loop.pair_files import complete_pairs
 from loop.pilot import LoopSteps
 from loop.probe import probe
 from loop.ranks import Interrupted, Ranks, exit_status
@@ -65,7 +66,7 @@ TINY = Path(__file__).parent / "model" / "tiny"
 
 
 @dataclass(frozen=True)
-class Config(TrainingFlags):
+class Config(existing_pairs.PairFlags):
     """Everything a run depends on, with loop/flags.py's. The defaults suit the tiny models."""
     # What
     split: str | None = flag(None, "split that all items are cut from (default: the task's own)")
@@ -126,8 +127,10 @@ class Config(TrainingFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task is None and self.force:
-            raise ValueError("--force has no meaning without --task")
+        if self.force and (self.task is None or self.pairs):
+            raise ValueError("--force has no meaning without --task, or with --pairs")
+        if self.pairs and self.probe_items:
+            raise ValueError("--probe-items has no meaning with --pairs: no verifier is asked")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError(f"--label-smoothing {self.label_smoothing} has no meaning with "
                              "--loss-type ipo")
@@ -177,10 +180,11 @@ def main(cfg: Config, ranks: Ranks) -> int:
     reviewed = draw_items(first_round, cfg.trained_on_items, cfg.seed)
 
     loop = LoopSteps(sample, score, with_reference_logps, train_step)       # for pilot and probes
-    if state.pre_gate is None:
+    if state.pre_gate is None and not cfg.pairs:
         state.pre_gate = gate_before(run, student, verifier, splits, loop)
         if state.pre_gate["verdict"] == "BLOCK" and not cfg.force:
             return finish(run, state, None)                             # exit 3, nothing trained
+    if state.frozen_held_out is None:
         state.frozen_held_out = greedy_answers(run, student, splits.held_out, "frozen, held out")
         state.frozen_reviewed = greedy_answers(run, student, reviewed, "frozen, trained on")
         watched = evaluate_watch(run, student, splits.watch)
@@ -198,12 +202,16 @@ def main(cfg: Config, ranks: Ranks) -> int:
                 if cfg.stops_on_regression and state.warnings:
                     return finish(run, state, state.regression)
             items = round_items(cfg, splits.train, state.round)
-            candidates = sample(run, student, items, state.round + 1)   # K an item, ids kept
-            scores = score(run, verifier, items, candidates)            # [0, 1] or None
-            pairs, counts = make_pairs(run, items, candidates, scores, state.round + 1)
+            if cfg.pairs:
+                pairs, counts = existing_pairs.take(run, student, items, state.round + 1)
+            else:
+                candidates = sample(run, student, items, state.round + 1)   # K an item, ids kept
+                scores = score(run, verifier, items, candidates)            # [0, 1] or None
+                pairs, counts = make_pairs(run, items, candidates, scores, state.round + 1)
             counts |= pair_directions(pairs, items)                     # reads labels, for the log
             state.rounds.append(counts)
             state.fresh = with_reference_logps(run, student, pairs, splits.by_id)
+            complete_pairs(run, state.round + 1, state.fresh, items)    # on disk
             replay.add(state.fresh)                                     # margins >= tau
             save(run, state, student, optimiser, replay)
 
@@ -236,6 +244,8 @@ def main(cfg: Config, ranks: Ranks) -> int:
         state.position = 0
         state.fresh = None
 
+    if not cfg.evaluate:
+        return existing_pairs.finish(run, state, student)               # no gate, no deploy/
     post_gate = deploy_gate(run, student, verifier, splits.held_out, reviewed, state)
     return finish(run, state, post_gate)                                # deploy/ on PROMOTE
 
@@ -244,6 +254,8 @@ def main(cfg: Config, ranks: Ranks) -> int:
 
 def load_splits(cfg: Config) -> Splits:
     """Items of the task, of those that fit, in splits that share neither an id nor a picture."""
+    if cfg.pairs:
+        return existing_pairs.load_splits(cfg, load_task)
     uses = answer_uses(cfg.student, cfg) + verifier_uses(cfg.verifier, cfg, cfg.verdict)
     items = fitting(load_task(cfg.task, cfg.data, cfg.split), uses, cfg.skip_long)
     train = None
@@ -253,15 +265,16 @@ def load_splits(cfg: Config) -> Splits:
         items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
 
 
-def load_models(run: Run) -> tuple[VLM, VLM]:
-    """The student, of which a part is trained, and the frozen verifier. Opens the run's folder."""
+def load_models(run: Run) -> tuple[VLM, VLM | None]:
+    """The student, which is trained, and the frozen verifier, if any. Opens the run's folder."""
     cfg = run.cfg
     device = run.ranks.device
     student = load_trainable(cfg.student, cfg, device)
-    verifier = frozen(load_vlm(cfg.verifier, device, student.dtype), cfg)
+    verifier = None if cfg.pairs else frozen(load_vlm(cfg.verifier, device, student.dtype), cfg)
     check_disk(run, student, deployed_copies=1)
+    scorer = existing_pairs.digest(cfg.pairs) if cfg.pairs else folder_digest(verifier.folder)
     run.start(dtype=str(student.dtype).removeprefix("torch."),
-              reference=folder_digest(student.folder), scorer=folder_digest(verifier.folder))
+              reference=folder_digest(student.folder), scorer=scorer)
     return student, verifier
 
 
@@ -307,7 +320,7 @@ def make_pairs(run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Co
     counts = count_round(pairs, refused, candidates, scores, run.cfg.min_margin)
     skipped = len(fresh_pairs(run.cfg, pairs)) < run.cfg.min_pairs
 
-    write_round(run, number, pairs, counts, skipped)
+    write_round(run, number, pairs, items, counts, skipped)
     if skipped:
         pairs = []
     return pairs, {"round": number, **counts, "skipped": skipped}
@@ -422,10 +435,10 @@ def cli() -> int:
     cfg = parse_flags(Config, __doc__)
 
     def work(ranks: Ranks) -> int:
-        if cfg.task is None:
+        if cfg.is_demo:
             return demo.run(main, cfg, ranks)
         if cfg.out is None:
-            return main(replace(cfg, out=f"runs/{cfg.task}"), ranks)
+            return main(replace(cfg, out=f"runs/{cfg.task or 'pairs'}"), ranks)
         return main(cfg, ranks)
 
     return exit_status("train.py", work, cfg)

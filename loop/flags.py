@@ -52,10 +52,15 @@ class TrainingFlags:
         check_pixel_range(self.min_pixels, self.max_pixels)
         check_trainable(self.trainable, self.lora_rank)
 
-        if self.task is None:
-            for name in ("data", "split", "train_split", "resume"):
-                if getattr(self, name):
-                    raise ValueError(f"--{name.replace('_', '-')} has no meaning without --task")
+        for name in ("data", "split", "train_split", "resume"):
+            needless = self.is_demo if name == "resume" else self.task is None
+            if needless and getattr(self, name):
+                raise ValueError(f"--{name.replace('_', '-')} has no meaning without --task")
+
+    @property
+    def is_demo(self) -> bool:
+        """Nothing says what to train on."""
+        return self.task is None
 
 
 def check_trainable(what: str, lora_rank: int) -> None:

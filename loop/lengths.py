@@ -30,6 +30,7 @@ from tasks.pictures import picture_size
 from verifier import comparison_chat, rubric_chat
 
 A = TypeVar("A")
+Kept = TypeVar("Kept", bound=Item)
 SECONDS_WITHOUT_BAR = 2                                 # a progress bar is shown only if it takes longer
 TOO_LONG = Response("", None, "too_long")               # in place of an answer that was never asked for
 
@@ -100,16 +101,16 @@ def model_uses(name: str, cfg: LengthFlags, kinds: Sequence[Kind]) -> list[Use]:
 
 # ---- items
 
-def fitting(items: Sequence[Item], uses: Sequence[Use], skip: bool) -> list[Item]:
+def fitting(items: Sequence[Kept], uses: Sequence[Use] | Callable[[Kept], Sequence[Use]], skip: bool) -> list[Kept]:
     """The items that fit. Any other is a ValueError; with `skip` it is left out, and how many are is printed.
 
-    ValueError, too, where none is left.
+    `uses` are those of every item, or a function that says an item's. ValueError, too, where none is left.
     """
     silent = not is_first_process()
     kept = []
     faults = []
     for item in tqdm(items, "lengths", unit="item", delay=SECONDS_WITHOUT_BAR, leave=False, disable=silent):
-        fault = why_too_long(item, uses)
+        fault = why_too_long(item, uses(item) if callable(uses) else uses)
         if fault is None:
             kept.append(item)
         elif skip:

@@ -165,7 +165,7 @@ def exit_status(program: str, work: Callable[[Ranks], int], cfg: TrainingFlags) 
             return work(ranks)
     except Interrupted:
         way_on = "--resume continues from the newest checkpoint"
-        if cfg.task is None:
+        if cfg.is_demo:
             way_on = "the demo starts over" if cfg.out is None else "the demo starts over in another --out"
         if is_first_process():
             say_last(program, f"interrupted; {way_on}")

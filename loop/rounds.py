@@ -1,12 +1,12 @@
-"""Figures of a round's pairs, for the log and summary.json alone: nothing that trains depends on them."""
+"""Figures of a round's pairs, and their file, for the log and summary.json: nothing that trains depends on them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from eval import score as exact_match
 from gate import proportion
+from loop.pair_files import write_pairs
 from loop.run import Run
 from model import Completion
 from replay import LabelledPair, Pair, count_directions
@@ -30,11 +30,10 @@ def count_round(pairs: Sequence[Pair], refused: dict[str, int], candidates: Sequ
     }
 
 
-def write_round(run: Run, number: int, pairs: Sequence[Pair], counts: dict[str, int], skipped: bool) -> None:
+def write_round(run: Run, number: int, pairs: Sequence[Pair], items: Sequence[Item], counts: dict[str, int],
+                skipped: bool) -> None:
     """Write the round's pairs to pairs/round-NUMBER.jsonl, and say its counts."""
-    rows = [asdict(pair) | {"margin": pair.margin} for pair in pairs]
-    run.write_lines(f"pairs/round-{number}.jsonl", rows)
-
+    write_pairs(run, number, pairs, items)
     listed = ", ".join(f"{what} {count}" for what, count in counts.items())
     ending = "; skipped" if skipped else ""
     run.say(f"round {number}: {listed}{ending}")

@@ -15,11 +15,13 @@ LOCK = ".lock"                                          # whose lock keeps other
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"                                # written when all else is
 LEFTOVERS = (                                           # of a process that was killed while it wrote
-    "checkpoints/.step-*", ".candidate.*", ".deploy.*", "*.json*.tmp", "pairs/*.json*.tmp")
+    "checkpoints/.step-*", ".candidate.*", ".deploy.*", "*.json*.tmp", "pairs/*.json*.tmp", "pairs/images/*.tmp",
+    "export/*/*.tmp")
 # All that train.py and judge.py write, part by part of a path: files, and folders that hold a model.
 RUN_FILES = (
     "config.json", METRICS, SUMMARY, "gate_records.jsonl", "held_out.jsonl", "trained_on.jsonl", "pairs/*.jsonl",
-    "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", LOCK, "*.json*.tmp", "pairs/*.json*.tmp")
+    "pairs/images/*.png", "export/*/*.json*", "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", LOCK,
+    "*.json*.tmp", "pairs/*.json*.tmp", "pairs/images/*.png*.tmp")
 MODEL_FOLDERS = ("deploy", "candidate", ".candidate.*", ".deploy.*")
 
 
@@ -82,8 +84,8 @@ def check_checkpoints(folder: Path) -> None:
 def outcome(path: Path) -> tuple[str, int]:
     """How a run ended, in words, and its exit status, from its summary.json; ValueError if that does not say.
 
-    train.py writes the decision of the gate after training, None where the gate before stopped the run; judge.py the
-    number of the iteration that was deployed, None for none.
+    train.py writes the decision of the gate after training, None where the gate before stopped the run, and None for
+    both gates where nothing was measured; judge.py the number of the iteration that was deployed, None for none.
     """
     summary: dict[str, Any] = dict(read_settings(path.parent, path.name))
     best = summary.get("deployed", 0)
@@ -93,6 +95,8 @@ def outcome(path: Path) -> tuple[str, int]:
         return f"iteration {best} is deployed", 0
 
     post_gate = summary.get("post_gate", 0)
+    if post_gate is None and summary.get("pre_gate", 0) is None:
+        return "nothing was measured (--no-evaluate), so nothing is deployed", 0
     if post_gate is None:
         return "the gate before training said no, so nothing was trained", 3
     verdict = post_gate.get("verdict") if isinstance(post_gate, dict) else None

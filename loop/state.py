@@ -58,7 +58,7 @@ class State:
         right = sum(answer.correct for answer in self.frozen_held_out)
         return proportion(right, len(self.frozen_held_out))
 
-    def summary(self, task: str, post_gate: dict[str, Any] | None) -> dict[str, Any]:
+    def summary(self, task: str | None, post_gate: dict[str, Any] | None) -> dict[str, Any]:
         """What summary.json holds; figures that were not reached are None."""
         return {
             "task": task,

@@ -22,7 +22,9 @@ def evaluate_watch(run: Run, student: VLM, items: Sequence[Item]) -> list[Answer
 
 
 def watch_metrics(answers: Sequence[Answer]) -> dict[str, float]:
-    """What metrics.jsonl holds of an evaluation on the watch split."""
+    """What metrics.jsonl holds of an evaluation on the watch split; nothing where that is empty (--no-evaluate)."""
+    if not answers:
+        return {}
     return {
         "eval/accuracy": mean(answer.correct for answer in answers),
         "eval/parse_rate": mean(answer.answer is not None for answer in answers),

@@ -43,6 +43,7 @@ class Processor:
     images: PictureReader                               # the pictures' preprocessing
     image_id: int                                       # the placeholder of pictures
     pad_id: int
+    turn_end_id: int                                    # the control token that ends a message
     never_sampled: list[int]                            # placeholders: an answer with one could not be read back
 
     def __init__(self, folder: Path):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,14 +62,18 @@ class Item:
 
     def chat_with(self, picture: Callable[[bytes | Path, str], Any]) -> list[dict]:
         """The same chat with picture(encoded, owner) for each picture; `owner` is what messages call this item."""
+        return [{"role": "user", "content": self.content_with(self.prompt, picture)}]
+
+    def content_with(self, parts: Sequence[str | int], picture: Callable[[bytes | Path, str], Any]) -> list[dict]:
+        """Texts and numbers of pictures as the content of a message."""
         content: list[dict] = []
-        for part in self.prompt:
+        for part in parts:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             else:
                 shown = picture(self.images[part], f"item {self.id!r:.80}")
                 content.append({"type": "image", "image": shown})
-        return [{"role": "user", "content": content}]
+        return content
 
     @cached_property
     def picture_hashes(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from tasks.endings import first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # Pillow knows forty more, many of them hardly tested
 PLAIN_MODES = ("RGB", "L")                                  # whose conversion cannot fail
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")    # that a PNG file holds as they are
 LONGEST_REASON = 200                                        # characters of a decoder's message that are shown
 # What Pillow's decoders raise on damaged bytes; LookupError: IndexError and KeyError, RuntimeError: NotImplementedError
 # too, ArithmeticError: OverflowError and ZeroDivisionError. MemoryError: a file that asks for absurd buffers.
@@ -64,6 +65,18 @@ def picture_format(source: bytes | Path, owner: str = "") -> str:
     encoded = io.BytesIO(encoded_bytes(source))
     with _decoding(source, owner):
         return str(Image.open(encoded, formats=FORMATS).format).lower()
+
+
+def png_bytes(source: bytes | Path, owner: str = "") -> bytes:
+    """An encoded picture as a PNG file; one that is such a file stays as it is. The same errors as `open_image`."""
+    if picture_format(source, owner) == "png":
+        return encoded_bytes(source)
+    image = open_image(source, owner)
+    if image.mode not in PNG_MODES:
+        image = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)             # several times faster than the default, a tenth larger
+    return buffer.getvalue()
 
 
 @contextmanager

@@ -34,6 +34,7 @@ PROGRAMS = {
     "eval.py": ("", "eval", "main"),
     "gate.py": ("", "gate", "main"),
     "-m loop.make_tiny": ("", "loop.make_tiny", "main"),
+    "-m loop.export": ("", "loop.export", "main"),
     "tests/bench/bench.py": ("tests/bench", "bench", "main"),
     "tests/evidence/evidence.py": ("tests/evidence", "evidence", "main"),
     "tests/helpers/compare_layers.py": ("tests/helpers", "compare_layers", "main"),

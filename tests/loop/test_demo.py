@@ -233,8 +233,10 @@ def test_what_no_demo_has_made_is_not_removed(folder: Path, name: str, capsys: p
 
 def test_what_a_demo_makes_is_known(folder: Path) -> None:
     """Every file of a run, those of a killed one too."""
-    files = ["bar/pairs/round-1.jsonl", "bar/gate_records.jsonl", "red/held_out.jsonl", "red/trained_on.jsonl",
-             "bar/.lock", "bar/checkpoints/step-000001-001/state.pt", "red/checkpoints/.step-000001-001.7.new/state.pt",
+    files = ["bar/pairs/round-1.jsonl", "bar/pairs/images/12ab.png", "red/pairs/images/12ab.png.34cd.tmp",
+             "bar/export/swift/pairs.jsonl", "red/export/llamafactory/dataset_info.json", "bar/gate_records.jsonl",
+             "red/held_out.jsonl", "red/trained_on.jsonl", "bar/.lock",
+             "bar/checkpoints/step-000001-001/state.pt", "red/checkpoints/.step-000001-001.7.new/state.pt",
              "bar/deploy/model.safetensors", "bar/deploy/chat_template.jinja", "bar/deploy/config.json", "demo.png",
              "red/.candidate.7.new/model.safetensors", ".red.7.new/config.json", "red/summary.json.12ab.tmp"]
     for name in files:

@@ -100,10 +100,10 @@ def test_signals_wait_only_once_a_run_has_begun(tmp_path: Path) -> None:
     (None, "run", "the demo starts over in another --out")])
 def test_an_interrupted_run_says_how_to_go_on(task: str | None, out: str | None, words: str,
                                               monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    assert exit_status("train.py", raising(Interrupted()), flags(task=task, out=out)) == 1
+    assert exit_status("train.py", raising(Interrupted()), flags(task=task, is_demo=task is None, out=out)) == 1
     assert capsys.readouterr().err == f"train.py: interrupted; {words}\n"
     monkeypatch.setenv("RANK", "3")
-    assert exit_status("train.py", raising(Interrupted()), flags(task=task, out=out)) == 1
+    assert exit_status("train.py", raising(Interrupted()), flags(task=task, is_demo=task is None, out=out)) == 1
     assert capsys.readouterr().err == ""
 
 

@@ -16,6 +16,7 @@ from loop.optimise import learning_rate
 from model import generate, load_vlm
 from replay import Pair
 from runs import CHECKPOINTS, by_id, config, rows, start, state, summary, tree
+from tasks import Item
 from train import Config
 from verifier import score_candidates
 
@@ -25,7 +26,8 @@ def test_files(whole: Path) -> None:
     assert {n for n in files if "/" not in n} == {
         "checkpoints", "config.json", "gate_records.jsonl", "held_out.jsonl", "metrics.jsonl", "pairs", "summary.json",
         "trained_on.jsonl"}
-    assert {n for n in files if n.startswith("pairs/")} == {"pairs/round-1.jsonl", "pairs/round-2.jsonl"}
+    assert {n for n in files if n.startswith("pairs/") and not n.startswith("pairs/images/")} == {
+        "pairs/round-1.jsonl", "pairs/round-2.jsonl", "pairs/images"}
     found = summary(whole)
     assert found["pre_gate"]["verdict"] in ("PASS", "BLOCK") and found["pre_gate"]["reasons"]
     assert found["post_gate"]["verdict"] == "REJECT" and len(found["post_gate"]["reasons"]) >= 1
@@ -61,6 +63,28 @@ def test_every_pair_is_accounted_for(whole: Path) -> None:
         assert told["items"] == 48 == told["pairs"] + told["unparsed"] + told["tie"] + told["same_text"]
         assert all(0 < p["margin"] == pytest.approx(p["chosen_score"] - p["rejected_score"]) for p in pairs)
         assert told["above_margin"] == sum(p["margin"] >= 0.5 for p in pairs)
+
+
+def test_pairs_are_in_trls_format(whole: Path) -> None:
+    """Messages; as many places as pictures; each picture once, as the item has it; the reference's figures."""
+    told = [pair for number in (1, 2) for pair in rows(whole / "pairs" / f"round-{number}.jsonl")]
+    named = set()
+    for pair in told:
+        item = by_id()[pair["item_id"]]
+        assert pair["prompt"] == [{"role": "user", "content": [
+            {"type": "image"}, {"type": "text", "text": "How tall is the red bar? Answer with a number."}]}]
+        for side in ("chosen", "rejected"):
+            assert pair[side] == [{"role": "assistant", "content": [{"type": "text", "text": pair[f"{side}_text"]}]}]
+            assert pair[f"reference_{side}_logp"] < 0 and pair[f"{side}_tokens"] and pair["reference_key"]
+        [image] = pair["images"]
+        assert (whole / "pairs" / image).read_bytes() == item.images[0] and image == f"images/{digest(item)}.png"
+        named.add(image.removeprefix("images/"))
+    assert {path.name for path in (whole / "pairs" / "images").iterdir()} == named and len(named) > 3
+
+
+def digest(item: Item) -> str:
+    [name] = item.picture_hashes
+    return name
 
 
 def test_direction_of_every_round(whole: Path) -> None:
