@@ -67,28 +67,15 @@ TINY = Path(__file__).parent / "model" / "tiny"
 
 @dataclass(frozen=True)
 class Config(existing_pairs.PairFlags):
-    """Everything a run depends on, with loop/flags.py's. The defaults suit the tiny models."""
+    """What a run depends on, with the flags of loop/flags.py, gate_flags.py and existing_pairs.py.
+
+    The defaults suit the tiny models.
+    """
     # What
     split: str | None = flag(None, "split that all items are cut from (default: the task's own)")
     student: str = flag(str(TINY / "student"), "folder or hub id of the model that is trained")
     verifier: str = flag(str(TINY / "verifier"), "folder or hub id of the frozen scorer")
     out: str | None = flag(None, "folder of the run (default runs/TASK, for the demo runs/demo)")
-    force: bool = flag(False, "train even if the gate says BLOCK")
-
-    # Gates and splits
-    gate_items: int = flag(200, "items the verifier is measured on before training", low=1)
-    gate_rule: str = flag("ours", "paper: the published rule alone", choices=("ours", "paper"))
-    watch_items: int = flag(200, "items of the curve that the loss hides", low=1)
-    held_out_items: int = flag(500, "items evaluated once, at the end", low=1)
-    trained_on_items: int = flag(200, "items of round 1 that are asked again at the end", low=0)
-    min_low: float = flag(-0.02, "promote above this lower end of the gain", low=-1, high=1)
-    require_gain: bool = flag(False, "promote only if a gain of 0 is excluded, too")
-    pilot_steps: int = flag(20, "steps of a trial before round 1, undone again (0: none)", low=0)
-    pilot_items: int = flag(200, "items of the train split that are answered around it", low=1)
-    probe_items: int = flag(0, "of the gate's items, measured again before each round (0: none)",
-                            low=0)
-    stop_on_regression: bool | None = flag(None, "stop (exit 3) once watched accuracy fell "
-                                                 "significantly (default: unless --force)")
 
     # Sampling and scoring
     rounds: int = flag(3, "rounds of sampling, then training", low=1)
@@ -127,18 +114,11 @@ class Config(existing_pairs.PairFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.force and (self.task is None or self.pairs):
-            raise ValueError("--force has no meaning without --task, or with --pairs")
-        if self.pairs and self.probe_items:
-            raise ValueError("--probe-items has no meaning with --pairs: no verifier is asked")
+        if self.force and self.task is None:
+            raise ValueError("--force has no meaning without --task")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError(f"--label-smoothing {self.label_smoothing} has no meaning with "
                              "--loss-type ipo")
-
-    @property
-    def stops_on_regression(self) -> bool:
-        """--stop-on-regression; where nothing is said, on unless the run is forced."""
-        return not self.force if self.stop_on_regression is None else self.stop_on_regression
 
     @property
     def least_fresh_margin(self) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loop.flags import TrainingFlags
+from loop.gate_flags import GateFlags
 from loop.lengths import Use, answer_uses, fitting
 from loop.loading import processor_alone
 from loop.rounds import write_round
@@ -35,7 +35,7 @@ BLOCK = 1 << 20                                         # bytes of a file that a
 
 
 @dataclass(frozen=True)
-class PairFlags(TrainingFlags):
+class PairFlags(GateFlags):
     """The flags of train.py that are about pairs which exist."""
     pairs: str | None = flag(None, "train on the preference pairs of this file: nothing is sampled or scored")
     evaluate: bool = flag(True, "--no-evaluate, with --pairs: nothing is watched or held out, and nothing deployed")
@@ -52,6 +52,10 @@ class PairFlags(TrainingFlags):
                              "deploys nothing")
         if not self.evaluate and self.task is not None:
             raise ValueError(f"--task {self.task} has no meaning with --no-evaluate: nothing is asked")
+        if self.force:
+            raise ValueError("--force has no meaning with --pairs: there is no gate before them")
+        if self.probe_items:
+            raise ValueError("--probe-items has no meaning with --pairs: no verifier is asked")
         if self.train_split:
             raise ValueError("--train-split has no meaning with --pairs, which are what is trained on")
 

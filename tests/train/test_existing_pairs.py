@@ -195,7 +195,8 @@ def test_long_pairs(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
 @pytest.mark.parametrize("words, told", [
     (["--pairs", "x.jsonl"], "--pairs needs --task"), (["--no-evaluate"], "no meaning without --pairs"),
     (["--pairs", "x.jsonl", "--task", "bar", "--no-evaluate"], "--task bar has no meaning with --no-evaluate"),
-    (["--pairs", "x.jsonl", "--task", "bar", "--force"], "--force has no meaning without --task, or with --pairs"),
+    (["--pairs", "x.jsonl", "--task", "bar", "--force"], "--force has no meaning with --pairs"),
+    (["--pairs", "x.jsonl", "--task", "bar", "--probe-items", "9"], "--probe-items has no meaning with --pairs"),
     (["--pairs", "x.jsonl", "--task", "bar", "--train-split", "make"], "--train-split has no meaning with --pairs"),
     (["--pairs", "x.jsonl", "--no-evaluate", "--data", "y"], "--data has no meaning without --task"),
     (["--pairs", "x.jsonl", "--no-evaluate"], "x.jsonl does not exist"),
