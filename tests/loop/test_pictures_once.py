@@ -36,7 +36,7 @@ class Counts:
         self.encoded: Counter[tuple[int, str]] = Counter()
         self.patch(patch, QwenImages, "resize_levels", lambda owner, rgb, *_: self.resized.update(
             [(self.number(owner), rgb.tobytes())]))
-        self.patch(patch, QwenImages, "make_pixels", lambda owner, levels: self.made.update(
+        self.patch(patch, QwenImages, "make_pixels", lambda owner, levels, *_: self.made.update(
             [(self.number(owner), np.asarray(levels).tobytes())]))
         self.patch(patch, Qwen3VL, "encode_images", lambda owner, pictures: self.encoded.update(
             [(self.number(owner), picture.key) for picture in pictures]))
