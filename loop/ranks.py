@@ -103,9 +103,9 @@ class Ranks:
             prepare: Callable[[Sequence[T]], None] | None = None) -> list[R]:
         """`function` over chunks of `size` items, chunk i on rank i mod world; every rank gets all results, in order.
 
-        The chunks do not depend on the number of ranks, so neither do the results. While a chunk is worked on, what
-        `prepare` has begun for this rank's next one can go on. Raises Interrupted after a signal, except inside
-        `uninterrupted()`.
+        The chunks do not depend on the number of ranks, so neither do the results. `prepare` is told of a chunk, and of
+        the rank's next one, before the chunk is worked on: what it begins in threads can go on meanwhile. Raises
+        Interrupted after a signal, except inside `uninterrupted()`.
         """
         chunks = [items[start:start + size] for start in range(0, len(items), size)]
         mine: dict[int, list[R]] = {}
@@ -113,9 +113,9 @@ class Ranks:
             for number in range(self.rank, len(chunks), self.world):
                 if self.stop_requested and not self.is_uninterrupted:
                     break
-                following = chunks[number + self.world:number + self.world + 1]
-                if prepare is not None and following:
-                    prepare(following[0])
+                if prepare is not None:
+                    for upcoming in chunks[number:number + self.world + 1:self.world]:
+                        prepare(upcoming)
                 mine[number] = function(chunks[number])
                 done_meanwhile = chunks[number:number + self.world]     # by all ranks, about
                 bar.update(sum(len(chunk) for chunk in done_meanwhile))
