@@ -31,7 +31,7 @@ from .picture_settings import Normalizer, check_steps, image_settings, pixel_lim
 from .sources import Ahead, AnyPicture, EncodedPicture, OpenedPicture, is_encoded, open_rgb
 
 MAX_ASPECT_RATIO = 200                                  # longer side / shorter side of a picture that Qwen takes
-KNOWN_PICTURES = 16384                                  # that a reader remembers; under 500 bytes each, so at most 8 MB
+KNOWN_PICTURES = 16384                                  # that a reader remembers; under 1 KB each, so at most 16 MB
 AHEAD_BYTES = 2 ** 30                                   # of pictures that were prepared in threads and wait for a tower
 WORTH_A_THREAD = 2 ** 16                                # pixels: a smaller picture is prepared faster than handed over
 CPU = torch.device("cpu")
@@ -208,6 +208,7 @@ class QwenImages(PictureReader):
             raise ValueError(f"max_pixels is {max_pixels}, but one token is a picture of {side} x {side} pixels")
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
+        self.ahead = Ahead(AHEAD_BYTES)                 # a thread may lay out what it has begun by either limits
 
     def lay_out(self, height: int, width: int) -> Layout:
         """The nearest size of whole merged patches within the limits; the canvas is the picture."""

@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def load_tiny(family: str, folder: Path) -> VLM:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The threads that opened a PictureFile, one entry a time; even small pictures are worth a thread."""
     threads: list[str] = []
     real = PictureFile.open_picture
@@ -71,7 +72,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(PictureFile, "open_picture", open_picture)
     monkeypatch.setattr(images, "WORTH_A_THREAD", 0)
-    return threads
+    yield threads
+    sources.threads().shutdown()                        # what nobody takes is done before the next test counts
+    sources.threads.cache_clear()
 
 
 # ---- the same pictures
@@ -162,13 +165,16 @@ def test_the_sizes_count_the_tokens(tmp_path: Path, opened: list[str]) -> None:
         opened.clear()
 
 
-def test_limits_of_encoded_pictures(tmp_path: Path) -> None:
-    """Under other limits it is another picture; under the first ones again it is known."""
+def test_limits_of_encoded_pictures(tmp_path: Path, opened: list[str]) -> None:
+    """Under other limits it is another picture; under the first ones again it is known. What a thread began under the
+    limits before is not used."""
     vlm = load_tiny("qwen2_5_vl", tmp_path)
     shown = PictureFile(encode(picture(100, 60)))
     found = []
     for most in (4096, 1024, 4096):
+        vlm.prepare([chat(shown, "?")])
         vlm.processor.limit_pixels(64, most)
+        assert not vlm.processor.images.ahead.begun.entries
         [seen] = vlm.processor([chat(shown, "?")]).pictures
         [features] = vlm.image_features(vlm.processor([chat(shown, "?")]))
         assert features.shape[-2] == seen.tokens
