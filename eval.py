@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                 vlm = frozen(load_vlm(cfg.model, device, activation_dtype(cfg.dtype, device)), cfg)
                 greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
                 out.reopen()                        # not before: what is wrong with the model leaves nothing on disk
-                completions = ask(asked, greedy, out, cfg.batch_size)
+                completions = ask(asked, greedy, out, cfg.batch_size, vlm.prepare)
             finish(items, with_unasked(items, asked, completions, TOO_LONG), out)
     except EXPECTED as error:
         return end("eval.py", error)
@@ -393,10 +393,11 @@ def write_results(out: Output, items: Sequence[Item], answers: Sequence[Answer],
 # ---- asking
 
 def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence], out: Output,
-        batch_size: int) -> list[Response]:
+        batch_size: int, prepare: Callable[[list[list[dict]]], None] | None = None) -> list[Response]:
     """Ask for what the responses' file does not hold yet, writing every batch down as it comes; one response an item.
 
-    `generate(chats)` returns a list of one completion for each chat.
+    `generate(chats)` returns a list of one completion for each chat. `prepare(chats)` is told of a batch while the one
+    before it is still to be asked, so that threads can open its pictures meanwhile.
     """
     from tqdm import tqdm
 
@@ -407,7 +408,10 @@ def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence],
     with tqdm(total=len(items), initial=len(items) - len(missing), unit="item") as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start:start + batch_size]
-            completions = generate([item.chat() for item in batch])
+            following = missing[start + batch_size:start + 2 * batch_size]
+            if prepare is not None and following:
+                prepare([item.lazy_chat() for item in following])
+            completions = generate([item.lazy_chat() for item in batch])
             lines = []
             for item, [completion] in zip(batch, completions, strict=True):
                 responses[jsonl.key_of(item)] = completion

@@ -329,7 +329,7 @@ def train_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequ
     def loss(part: Sequence[Judgment]) -> tuple[Tensor, dict[str, Tensor]]:
         chats = []
         for judgment in part:
-            question = items[judgment.item_id].chat()
+            question = items[judgment.item_id].lazy_chat()
             chats.append(comparison_chat(question, judgment.first, judgment.second))
         completions = [judgment.token_ids for judgment in part]
         logps = completion_logps(vlm, chats, completions)                                  # (B,)

@@ -38,7 +38,7 @@ from torch import Tensor
 from dpo import LOSS_TYPES, METRICS, pair_objective
 from eval import load_task
 from loop import demo, existing_pairs
-from loop.asking import greedy_answers, verdicts
+from loop.asking import begin_pictures, greedy_answers, verdicts
 from loop.disk import check_disk
 from loop.gates import deploy_gate, gate_before
 from loop.lengths import answer_uses, fitting, verifier_uses
@@ -314,7 +314,7 @@ def pair_logps(vlm: VLM, pairs: Sequence[Pair],
 
     The log-probabilities are sums over a side's tokens in nats, fp32, (B,) each.
     """
-    triples = [(by_id[pair.item_id].chat(), pair.chosen, pair.rejected) for pair in pairs]
+    triples = [(by_id[pair.item_id].lazy_chat(), pair.chosen, pair.rejected) for pair in pairs]
     rows = pack_pairs(vlm.processor, triples).to(vlm.device)
     chosen, rejected = row_logps(vlm, rows).chunk(2)
     return rows, chosen, rejected
@@ -332,7 +332,8 @@ def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair],
     size = pairs_at_once(run.cfg, student)
     with reference_model(student) as reference, torch.no_grad():
         return run.ranks.map(
-            lambda part: add_logps(reference, part, by_id), pairs, size, "reference")
+            lambda part: add_logps(reference, part, by_id), pairs, size, "reference",
+            lambda part: begin_pictures(reference, [by_id[pair.item_id] for pair in part]))
 
 
 def add_logps(reference: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> list[Pair]:
@@ -377,6 +378,8 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
     pairs = sorted(pairs, key=lambda pair: pair.row_tokens)
     planned = cfg.rounds * cfg.steps_per_round
     size = pairs_at_once(cfg, student)
+    mine = pairs[run.ranks.rank::run.ranks.world]               # some features may be gone
+    begin_pictures(student, [by_id[pair.item_id] for pair in mine])
     return optimiser_step(run, optimiser, pairs, loss, METRICS, step, planned, size)
 
 

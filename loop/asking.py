@@ -35,12 +35,20 @@ def verdicts(run: Run, verifier: VLM, items: Sequence[Item], texts: Sequence[lis
         return ask_verifier(verifier, chats, kind, cfg.verdict_tokens, cfg.sample_batch)
 
     def score_part(part: Sequence[tuple[Item, list[str]]]) -> list[list[Score]]:
-        chats = [item.chat() for item, _ in part]
+        chats = [item.lazy_chat() for item, _ in part]
         candidates = [row for _, row in part]
         return VERDICTS[kind](answer, chats, candidates)
 
+    def prepare(part: Sequence[tuple[Item, list[str]]]) -> None:
+        begin_pictures(verifier, [item for item, _ in part])
+
     questions = list(zip(items, texts, strict=True))
-    return run.ranks.map(score_part, questions, cfg.sample_batch, "scoring")
+    return run.ranks.map(score_part, questions, cfg.sample_batch, "scoring", prepare)
+
+
+def begin_pictures(vlm: VLM, items: Sequence[Item]) -> None:
+    """Begin, in threads, to open the items' pictures: those that `vlm` has not seen, or has no features of any more."""
+    vlm.prepare([item.lazy_chat() for item in items])
 
 
 def ask_verifier(verifier: VLM, chats: list[Chat], kind: str, verdict_tokens: int, batch_size: int) -> Sequence[Any]:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from loop.asking import ask_verifier
+from loop.asking import ask_verifier, begin_pictures
 from loop.loading import activation_dtype, frozen
 from loop.survey_flags import SurveyConfig
 from model import generate, load_vlm
@@ -29,7 +29,6 @@ from model.processor import Chat
 from model.vlm import VLM, pick_device
 from tasks import Item
 from tasks.jsonl import Response, write_whole
-from tasks.pictures import encoded_bytes
 from verifier import VERDICTS, Score
 
 T = TypeVar("T")
@@ -123,8 +122,11 @@ class CachedModel:
         def ask(part: Sequence[Item]) -> list[Any]:
             return self._ask_completions(part, sampling)
 
+        def prepare(part: Sequence[Item]) -> None:
+            begin_pictures(self.vlm, part)
+
         responses = []
-        for batch in self._cached(items, item_key, label, {"asked": sampling}, ask):
+        for batch in self._cached(items, item_key, label, {"asked": sampling}, ask, prepare):
             for row in batch:
                 responses.append([Response(text, range(tokens), reason) for text, tokens, reason in row])
         return responses
@@ -132,13 +134,13 @@ class CachedModel:
     def _ask_completions(self, items: Sequence[Item], sampling: dict[str, Any]) -> list[Any]:
         """Ask for one batch; pictures are opened here. A completion is kept as (text, tokens, finish_reason)."""
         rows = []
-        for completions in generate(self.vlm, [item.chat() for item in items], **sampling):
+        for completions in generate(self.vlm, [item.lazy_chat() for item in items], **sampling):
             rows.append([(c.text, len(c.token_ids), c.finish_reason) for c in completions])
         return rows
 
     def _ask_verdicts(self, candidates: Sequence[tuple[Item, list[str]]]) -> dict[str, Any]:
         """Ask for one batch: the scores of these items' candidates, and what they cost together."""
-        chats = [item.chat() for item, _ in candidates]
+        chats = [item.lazy_chat() for item, _ in candidates]
 
         # Before the clock starts: load the weights, encode the pictures. See CostedScore.
         parameters = sum(p.numel() for p in self.vlm.parameters())
@@ -159,10 +161,11 @@ class CachedModel:
         }
 
     def _cached(self, things: Sequence[T], thing_key: Callable[[T], Any], label: str, how: dict[str, Any],
-                ask: Callable[[Sequence[T]], Any]) -> list[Any]:
+                ask: Callable[[Sequence[T]], Any], prepare: Callable[[Sequence[T]], None] | None = None) -> list[Any]:
         """For every batch of `things`: what the cache holds, or else ask(batch), which is kept.
 
-        A file's key is the model's, `how` it is asked, and `thing_key` of everything it is asked about.
+        A file's key is the model's, `how` it is asked, and `thing_key` of everything it is asked about. `prepare` is
+        told of the batch that follows one that is asked; verdicts have none, for threads would work on their clock.
         """
         size = self.cfg.batch_size
         values = []
@@ -173,6 +176,8 @@ class CachedModel:
                 path = self.cache / f"{digest(key)}.json"
                 value = read_answers(path, key)
                 if value is None:
+                    if prepare is not None:
+                        prepare(things[start + size:start + 2 * size])
                     value = write_answers(path, key, ask(batch))
                 values.append(value)
                 bar.update(len(batch))
@@ -260,9 +265,7 @@ def digest(value: Any) -> str:
 
 def item_key(item: Item) -> list[Any]:
     """What a model sees of an item: its prompt, and its pictures by the digests of their bytes, in order."""
-    pictures = []
-    for image in item.images:
-        pictures.append(hashlib.sha256(encoded_bytes(image)).hexdigest())
+    pictures = [picture.digest for picture in item.pictures]
     return [item.id, list(item.prompt), pictures]
 
 

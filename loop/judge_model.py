@@ -11,6 +11,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from loop.alter import KINDS, alter_chat
+from loop.asking import begin_pictures
 from loop.judgments import BothOrders, judge_pairs
 from loop.optimise import row_logps
 from loop.run import Run
@@ -49,9 +50,13 @@ def ask_judge(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: dict[st
         return [completion for [completion] in replies]
 
     def judge_chunk(chunk: Sequence[SyntheticPair]) -> list[BothOrders]:
-        chats = [items[pair.item_id].chat() for pair in chunk]
+        chats = [items[pair.item_id].lazy_chat() for pair in chunk]
         return judge_pairs(answer, chats, chunk)
-    return run.ranks.map(judge_chunk, pairs, cfg.sample_batch, label)
+
+    def prepare(chunk: Sequence[SyntheticPair]) -> None:
+        begin_pictures(vlm, [items[pair.item_id] for pair in chunk])
+
+    return run.ranks.map(judge_chunk, pairs, cfg.sample_batch, label, prepare)
 
 
 def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
@@ -68,7 +73,7 @@ def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
         requests.append((item, response, kind))
 
     def alter_chunk(chunk: Sequence[tuple[Item, str, str]]) -> list[SyntheticPair | str]:
-        chats = [alter_chat(item.chat(), response, kind) for item, response, kind in chunk]
+        chats = [alter_chat(item.lazy_chat(), response, kind) for item, response, kind in chunk]
         replies = generate(
             vlm,
             chats,

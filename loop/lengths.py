@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from PIL import Image
 from tqdm import tqdm
 
 from loop.loading import processor_alone
@@ -26,7 +25,6 @@ from model.processor import Chat, Processor
 from tasks import Item
 from tasks.endings import is_first_process, say
 from tasks.jsonl import Response, key_of
-from tasks.pictures import picture_size
 from verifier import comparison_chat, rubric_chat
 
 A = TypeVar("A")
@@ -127,7 +125,7 @@ def fitting(items: Sequence[Kept], uses: Sequence[Use] | Callable[[Kept], Sequen
 
 def why_too_long(item: Item, uses: Sequence[Use]) -> str | None:
     """In which use the item does not fit, as words; None where it fits in all."""
-    chat = outline_chat(item)
+    chat = item.lazy_chat()
     for use in uses:
         framed = use.frame(chat)
         try:
@@ -146,18 +144,3 @@ def with_unasked(items: Sequence[Item], asked: Sequence[Item], answers: Sequence
     """One answer an item: those of the items that were `asked`, and `unasked` for the others."""
     known = {key_of(item): answer for item, answer in zip(asked, answers, strict=True)}
     return [known.get(key_of(item), unasked) for item in items]
-
-
-# ---- pictures by their sizes
-
-class Outline(Image.Image):
-    """A picture of which the size alone is known."""
-
-    def __init__(self, size: tuple[int, int]):
-        super().__init__()
-        self._size = size                               # what Pillow's own formats set before they decode
-
-
-def outline_chat(item: Item) -> Chat:
-    """item.chat(), with outlines in place of its pictures."""
-    return item.chat_with(lambda encoded, owner: Outline(picture_size(encoded, owner)))

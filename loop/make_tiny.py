@@ -218,7 +218,7 @@ def grading_report(vlm: VLM) -> str:
     parts = []
     for task in QUESTIONS:
         items = load(task, split="make", limit=200)
-        chats = [item.chat() for item in items]
+        chats = [item.lazy_chat() for item in items]
         accuracy = share_right(items, answer(chats))
         right_candidates = [[item.answer] for item in items]
         grades = score_candidates(answer, chats, right_candidates)
@@ -292,7 +292,7 @@ def comparing_report(vlm: VLM) -> str:
     parts = []
     for task in QUESTIONS:
         items = load(task, split="make", limit=100)
-        questions = [item.chat() for item in items]
+        questions = [item.lazy_chat() for item in items]
         accuracy = share_right(items, greedy(vlm, questions, max_new_tokens=16))
 
         prompts = []                                    # right answer first, right answer second, ...

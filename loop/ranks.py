@@ -99,11 +99,13 @@ class Ranks:
         """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
 
-    def map(self, function: Callable[[Sequence[T]], list[R]], items: Sequence[T], size: int, label: str) -> list[R]:
+    def map(self, function: Callable[[Sequence[T]], list[R]], items: Sequence[T], size: int, label: str,
+            prepare: Callable[[Sequence[T]], None] | None = None) -> list[R]:
         """`function` over chunks of `size` items, chunk i on rank i mod world; every rank gets all results, in order.
 
-        The chunks do not depend on the number of ranks, so neither do the results. Raises Interrupted after a signal,
-        except inside `uninterrupted()`.
+        The chunks do not depend on the number of ranks, so neither do the results. `prepare` is told of a chunk, and of
+        the rank's next one, before the chunk is worked on: what it begins in threads can go on meanwhile. Raises
+        Interrupted after a signal, except inside `uninterrupted()`.
         """
         chunks = [items[start:start + size] for start in range(0, len(items), size)]
         mine: dict[int, list[R]] = {}
@@ -111,6 +113,9 @@ class Ranks:
             for number in range(self.rank, len(chunks), self.world):
                 if self.stop_requested and not self.is_uninterrupted:
                     break
+                if prepare is not None:
+                    for upcoming in chunks[number:number + self.world + 1:self.world]:
+                        prepare(upcoming)
                 mine[number] = function(chunks[number])
                 done_meanwhile = chunks[number:number + self.world]     # by all ranks, about
                 bar.update(sum(len(chunk) for chunk in done_meanwhile))

@@ -158,10 +158,13 @@ class Run(Generic[C]):
     def ask(self, vlm: VLM, items: Sequence[Item], label: str, **sampling: Any) -> list[list[Completion]]:
         """generate(vlm, ...) over the chats of `items`, shared between ranks: a list (per item) of lists."""
         def generate_part(part: Sequence[Item]) -> list[list[Completion]]:
-            chats = [item.chat() for item in part]
+            chats = [item.lazy_chat() for item in part]
             return generate(vlm, chats, max_new_tokens=self.cfg.max_new_tokens, **sampling)
 
-        return self.ranks.map(generate_part, items, self.cfg.sample_batch, label)
+        def prepare(part: Sequence[Item]) -> None:
+            vlm.prepare([item.lazy_chat() for item in part])
+
+        return self.ranks.map(generate_part, items, self.cfg.sample_batch, label, prepare)
 
     # ---- files
 

@@ -5,7 +5,8 @@ canvas of one to four square tiles.
 
 A prompt needs to know how many tokens a picture takes; only a tower needs its pixels, and features of a frozen tower
 are kept by the picture's key. So pixels are made when they are asked for, and a picture that is met again is known by
-a hash of its raw content: it is neither resized nor normalised, unless its pixels are asked for once more.
+a digest of its file, or of its raw content (sources.py): it is neither opened, resized nor normalised, unless its
+pixels are asked for once more.
 
 Letters: H x W pixels of the resized picture, h x w patches of it, p patch side, m merge side (m x m patches become one
 token), C = 3 channels; K tiles at most, S x S pixels each.
@@ -14,10 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,18 +26,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .settings import Settings, is_number, read_settings
+from .kept import Kept
+from .picture_settings import Normalizer, check_steps, image_settings, pixel_limits, resampling
+from .sources import Ahead, AnyPicture, EncodedPicture, OpenedPicture, is_encoded, open_rgb
 
 MAX_ASPECT_RATIO = 200                                  # longer side / shorter side of a picture that Qwen takes
-WHITE = (255, 255, 255)
-LARGEST_MIN_PIXELS = 2 ** 26                            # to which a small picture may be enlarged
-KNOWN_PICTURES = 16384                                  # that a reader remembers; under 500 bytes each, so at most 8 MB
-HASHED_ROWS = 64                                        # of a picture, at a time: they fit a CPU's cache
-# What Pillow raises on damaged bytes (LookupError: IndexError and KeyError, RuntimeError: NotImplementedError too).
-DECODER_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, LookupError, EOFError,
-                  ArithmeticError, AssertionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
-# Steps that the towers rely on. A file that switches one off asks for other pixels than we make.
-STEPS = ("do_resize", "do_rescale", "do_normalize")
+KNOWN_PICTURES = 16384                                  # that a reader remembers; under 1 KB each, so at most 16 MB
+AHEAD_BYTES = 2 ** 30                                   # of pictures that were prepared in threads and wait for a tower
+WORTH_A_THREAD = 2 ** 16                                # pixels: a smaller picture is prepared faster than handed over
+CPU = torch.device("cpu")
 
 Grid = tuple[int, int, int]
 
@@ -50,13 +45,17 @@ class Picture:
     grid: Grid                                          # Qwen: (frames, h, w) in patches; Mllama: (1, rows, columns)
     tokens: int                                         # placeholders it takes in the prompt
     key: str
-    make_pixels: Callable[[], Tensor] = field(repr=False, compare=False)
+    make_pixels: Callable[..., Tensor] = field(repr=False, compare=False)
 
     @property
     def pixels(self) -> Tensor:
         """fp32; Qwen: (h w, C * frames * p * p); Mllama: (K, C, S, S). Made at every reading and not kept: they take
         eight times the room of the picture that they are made from."""
         return self.make_pixels()
+
+    def pixels_on(self, device: torch.device) -> Tensor:
+        """The same pixels, made on `device`: it is sent bytes, an eighth of what they become there."""
+        return self.make_pixels(device)
 
 
 class Layout(NamedTuple):
@@ -72,10 +71,11 @@ class Facts(NamedTuple):
     grid: Grid
     tokens: int
     key: str
+    layout: Layout
 
 
 class PictureReader:
-    """What the families share: PIL pictures to Pictures, each preprocessed once.
+    """What the families share: pictures to Pictures, each preprocessed once.
 
     A family says how large a picture is laid out, how it is resized, which tokens it takes and how its pixels are cut.
     """
@@ -86,29 +86,69 @@ class PictureReader:
         c = image_settings(folder)
         check_steps(c)
         self.settings = c
-        self.known: OrderedDict[bytes, Facts] = OrderedDict()           # by raw_digest, most recently used last
+        self.known: Kept[tuple, Facts] = Kept(KNOWN_PICTURES)           # by `name`; each counts as one
+        self.ahead = Ahead(AHEAD_BYTES)
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: AnyPicture) -> Picture:
         """The picture; what is known of one that was met before is looked up."""
-        rgb = to_rgb(image)                             # a copy: the caller may change or close his
-        layout = self.lay_out(rgb.height, rgb.width)
-        raw = raw_digest(rgb, layout)
-        if raw in self.known:
-            self.known.move_to_end(raw)
-            return Picture(*self.known[raw], partial(self.pixels_again, rgb, layout))
+        source = image if is_encoded(image) else OpenedPicture(image)
+        name = self.name(source)
+        facts = self.known.get(name)
+        if facts is not None:
+            return Picture(facts.grid, facts.tokens, facts.key, partial(self.pixels_again, source, name, facts))
 
+        facts, levels = self.ahead.take(name) or self.look_at(source)
+        self.known.keep(name, facts, 1)
+        return Picture(facts.grid, facts.tokens, facts.key, partial(self.make_pixels, levels))
+
+    def name(self, source: EncodedPicture) -> tuple:
+        """What a picture is remembered by: all that its facts depend on, beside settings that never change."""
+        return source.digest, self.limits
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """The limits of a resized picture's area, where a family has such."""
+        return ()
+
+    def look_at(self, source: EncodedPicture) -> tuple[Facts, np.ndarray]:
+        """Open a picture: its facts, and its resized levels. Changes nothing here, so that threads may do it."""
+        rgb = open_rgb(source)
+        layout = self.lay_out(rgb.height, rgb.width)
         levels = self.resize_levels(rgb, layout)
         grid, tokens = self.measure(layout)
-        facts = Facts(grid, tokens, self.key(levels))
-        self.known[raw] = facts
-        if len(self.known) > KNOWN_PICTURES:
-            self.known.popitem(last=False)
-        return Picture(*facts, partial(self.make_pixels, levels))
+        return Facts(grid, tokens, self.key(levels), layout), levels
 
-    def pixels_again(self, rgb: Image.Image, layout: Layout) -> Tensor:
+    def pixels_again(self, source: EncodedPicture, name: tuple, facts: Facts, device: torch.device = CPU) -> Tensor:
         """The pixels of a picture of which only the facts were kept."""
-        levels = self.resize_levels(rgb, layout)
-        return self.make_pixels(levels)
+        begun = self.ahead.take(name)
+        if begun is not None:
+            _, levels = begun
+        else:
+            levels = self.resize_levels(open_rgb(source), facts.layout)
+        return self.make_pixels(levels, device)
+
+    def prepare(self, pictures: Iterable[EncodedPicture], wanted: Callable[[str], bool] = lambda key: False) -> None:
+        """Begin to open and resize pictures in threads: those that are not known, and of those that are known the ones
+        whose pixels are `wanted`, by their keys.
+
+        Of one call they take at most half of AHEAD_BYTES, so that what is begun while a model works does not displace
+        what that model is about to ask for. ValueError where a header cannot be read.
+        """
+        size = 0
+        for source in pictures:
+            name = self.name(source)
+            facts = self.known.get(name)
+            if facts is not None and not wanted(facts.key):
+                continue
+            width, height = source.size
+            if width * height < WORTH_A_THREAD:
+                continue
+            layout = self.lay_out(height, width)
+            levels_size = 3 * layout.canvas_height * layout.canvas_width
+            size += levels_size
+            if size > AHEAD_BYTES // 2:
+                return
+            self.ahead.begin(name, partial(self.look_at, source), levels_size)
 
     def lay_out(self, height: int, width: int) -> Layout:
         """How large a picture of height x width pixels is laid out."""
@@ -126,20 +166,9 @@ class PictureReader:
         """The picture's key, from its resized levels."""
         raise NotImplementedError
 
-    def make_pixels(self, levels: np.ndarray) -> Tensor:
-        """Normalise and cut: what a tower takes."""
+    def make_pixels(self, levels: np.ndarray, device: torch.device = CPU) -> Tensor:
+        """Cut, send to `device`, normalise there: what a tower takes."""
         raise NotImplementedError
-
-
-def raw_digest(rgb: Image.Image, layout: Layout) -> bytes:
-    """A digest of a picture as it came, and of the size at which it is laid out: all that a reader's facts depend on,
-    beside settings that a reader never changes."""
-    digest = hashlib.sha256(repr((rgb.size, layout)).encode())
-    for top in range(0, rgb.height, HASHED_ROWS):
-        bottom = min(top + HASHED_ROWS, rgb.height)
-        strip = rgb.crop((0, top, rgb.width, bottom))
-        digest.update(strip.tobytes())
-    return digest.digest()
 
 
 def picture_key(levels: np.ndarray, *settings: object) -> str:
@@ -150,59 +179,10 @@ def picture_key(levels: np.ndarray, *settings: object) -> str:
     return digest.hexdigest()
 
 
-def image_settings(folder: Path) -> Settings:
-    """The preprocessing of pictures: an object in processor_config.json, where newer files keep it, or else
-    preprocessor_config.json."""
-    folder = Path(folder)
-    if (folder / "processor_config.json").exists():
-        nested = read_settings(folder, "processor_config.json").get("image_processor")
-        if nested is not None:
-            return nested
-    return read_settings(folder, "preprocessor_config.json")
-
-
-def check_steps(c: Settings) -> None:
-    """ValueError if the file asks for pixels that are not resized, rescaled by 1 / 255 and normalised."""
-    for step in STEPS:
-        if c.get(step) is False:
-            raise ValueError(f"{c.source}: {step} is false; pictures are always resized, rescaled and normalised")
-    factor = c.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{c.source}: rescale_factor is {factor!r:.80}; only 1 / 255 is known")
-
-
-class Normalizer:
-    """uint8 levels to fp32: (level / 255 - mean) / std of each channel.
-
-    The published code multiplies by 1 / 255 in fp64 and rounds to fp32 before it subtracts; so do we, to the last bit.
-    """
-
-    def __init__(self, c: Settings):
-        for name in ("image_mean", "image_std"):
-            numbers = c[name]
-            if len(numbers) != 3 or not all(is_number(number) for number in numbers):
-                raise ValueError(f"{c.source}: {name} is {numbers!r:.80}, not three finite numbers")
-        self.mean = np.array(c["image_mean"], np.float32)                                 # (C,)
-        self.std = np.array(c["image_std"], np.float32)                                   # (C,)
-        if self.std.min() <= 0:
-            raise ValueError(f"{c.source}: image_std is {c['image_std']!r:.80}; it must be above 0")
-
-    def __repr__(self) -> str:                          # part of picture_key
-        mean = self.mean.tolist()
-        std = self.std.tolist()
-        return f"Normalizer({mean}, {std})"
-
-    def __call__(self, levels: np.ndarray) -> np.ndarray:
-        """(.., C) uint8 -> (.., C) fp32."""
-        scaled = levels.astype(np.float64) * (1 / 255)
-        centred = scaled.astype(np.float32) - self.mean
-        return centred / self.std
-
-
 # ---- Qwen: patches
 
 class QwenImages(PictureReader):
-    """PIL pictures to patches. `min_pixels` and `max_pixels` bound the area of a resized picture."""
+    """Pictures to patches. `min_pixels` and `max_pixels` bound the area of a resized picture."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -214,6 +194,10 @@ class QwenImages(PictureReader):
         self.normalize = Normalizer(c)
         self.resample = resampling(c, Image.Resampling.BICUBIC)
 
+    @property
+    def limits(self) -> tuple[int, ...]:
+        return self.min_pixels, self.max_pixels
+
     def limit(self, min_pixels: int, max_pixels: int) -> None:
         """Set the limits. ValueError for limits that no picture can keep."""
         side = self.patch * self.merge
@@ -224,6 +208,7 @@ class QwenImages(PictureReader):
             raise ValueError(f"max_pixels is {max_pixels}, but one token is a picture of {side} x {side} pixels")
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
+        self.ahead = Ahead(AHEAD_BYTES)                 # a thread may lay out what it has begun by either limits
 
     def lay_out(self, height: int, width: int) -> Layout:
         """The nearest size of whole merged patches within the limits; the canvas is the picture."""
@@ -253,44 +238,18 @@ class QwenImages(PictureReader):
         sizes = (self.patch, self.merge, self.frames)
         return picture_key(levels, self.normalize, *sizes)
 
-    def make_pixels(self, levels: np.ndarray) -> Tensor:
-        """Normalise and cut into patches: blocks of m x m patches in raster order, and so inside a block."""
+    def make_pixels(self, levels: np.ndarray, device: torch.device = CPU) -> Tensor:
+        """Cut into patches and normalise: blocks of m x m patches in raster order, and so inside a block."""
         p = self.patch
         m = self.merge
         h = levels.shape[0] // p
         w = levels.shape[1] // p
-        x = self.normalize(levels)                                                        # (H, W, C)
-        x = x.reshape(h // m, m, p, w // m, m, p, 3)
+        x = levels.reshape(h // m, m, p, w // m, m, p, 3)
         x = x.transpose(0, 3, 1, 4, 6, 2, 5)                                              # (h/m, w/m, m, m, C, p, p)
-        x = x.reshape(h * w, 3, 1, p, p)
-        x = np.repeat(x, self.frames, axis=2)           # a still picture is a video of equal frames
-        x = x.reshape(h * w, -1)                                                          # (h w, C * frames * p * p)
-        return torch.from_numpy(x)
-
-
-def pixel_limits(c: Settings) -> tuple[int, int]:
-    """(min_pixels, max_pixels), which are published in three spellings: at the top, or as either of two in `size`."""
-    size = c.get("size") or {}
-    min_pixels = c.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
-    max_pixels = c.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
-    if not min_pixels or not max_pixels:
-        raise ValueError(f"{c.source} gives no pixel limits (size or min_pixels/max_pixels)")
-    if type(min_pixels) is not int or type(max_pixels) is not int or not 0 < min_pixels <= max_pixels:
-        raise ValueError(f"{c.source}: the pixel limits are {min_pixels!r:.80} and {max_pixels!r:.80}, "
-                         "not two positive integers, the smaller first")
-    if min_pixels > LARGEST_MIN_PIXELS:
-        raise ValueError(f"{c.source}: pictures are enlarged to {min_pixels!r:.80} pixels; that is above "
-                         f"{LARGEST_MIN_PIXELS}, the most that is done here")
-    return min_pixels, max_pixels
-
-
-def resampling(c: Settings, default: Image.Resampling) -> Image.Resampling:
-    """How pictures are resized, as PIL numbers it."""
-    number = c.get("resample", default)
-    known = [int(kind) for kind in Image.Resampling]
-    if type(number) is bool or number not in known:
-        raise ValueError(f"{c.source}: resample is {number!r:.80}, not one of {known}")
-    return Image.Resampling(number)
+        patches = torch.from_numpy(x.reshape(h * w, 3, p, p)).to(device)
+        pixels = self.normalize(patches)                                                  # (h w, C, p, p) fp32
+        frames = pixels[:, :, None].expand(-1, -1, self.frames, -1, -1)     # a still picture is a video of equal frames
+        return frames.reshape(h * w, -1)                                                  # (h w, C * frames * p * p)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -321,7 +280,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 # ---- Mllama: tiles
 
 class MllamaImages(PictureReader):
-    """PIL pictures to K tiles: resized to fit the best arrangement of tiles, padded with black to the right and below,
+    """Pictures to K tiles: resized to fit the best arrangement of tiles, padded with black to the right and below,
     normalised, cut row by row; unused tiles stay 0."""
 
     def __init__(self, folder: Path):
@@ -362,17 +321,18 @@ class MllamaImages(PictureReader):
         sizes = (self.tile, self.max_tiles)
         return picture_key(levels, self.normalize, *sizes)
 
-    def make_pixels(self, levels: np.ndarray) -> Tensor:
-        """Normalise and cut into tiles."""
+    def make_pixels(self, levels: np.ndarray, device: torch.device = CPU) -> Tensor:
+        """Cut into tiles and normalise."""
         side = self.tile
         rows = levels.shape[0] // side
         columns = levels.shape[1] // side
-        x = self.normalize(levels)                                                        # (rows S, columns S, C)
-        x = x.reshape(rows, side, columns, side, 3)
+        used = rows * columns
+        x = levels.reshape(rows, side, columns, side, 3)
         x = x.transpose(0, 2, 4, 1, 3)                                                    # (rows, columns, C, S, S)
-        tiles = np.zeros((self.max_tiles, 3, side, side), np.float32)                     # (K, C, S, S)
-        tiles[:rows * columns] = x.reshape(rows * columns, 3, side, side)
-        return torch.from_numpy(tiles)
+        used_tiles = torch.from_numpy(x.reshape(used, 3, side, side)).to(device)
+        tiles = torch.zeros(self.max_tiles, 3, side, side, device=device)                 # (K, C, S, S) fp32
+        tiles[:used] = self.normalize(used_tiles)
+        return tiles
 
 
 def tile_arrangements(max_tiles: int) -> list[tuple[int, int]]:
@@ -418,22 +378,3 @@ def fit_canvas(height: int, width: int, canvas_height: int, canvas_width: int, s
         return min(scaled_height, target_height), target_width
     scaled_width = math.floor(width * scale_height) or 1
     return target_height, min(scaled_width, target_width)
-
-
-# ---- both
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; whatever is transparent, by an alpha channel or a transparent colour, is laid on white.
-
-    A damaged picture, which Pillow decodes only when it is used, is a ValueError.
-    """
-    try:
-        has_alpha = "A" in image.getbands()
-        has_transparent_colour = image.info.get("transparency") is not None
-        if not has_alpha and not has_transparent_colour:
-            return image.convert("RGB")
-        rgba = image.convert("RGBA")
-    except DECODER_ERRORS as error:
-        raise ValueError(f"a picture ({image.format}, {image.mode}) cannot be decoded: {str(error)[:200]}") from None
-    background = Image.new("RGBA", rgba.size, WHITE)
-    return Image.alpha_composite(background, rgba).convert("RGB")

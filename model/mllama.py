@@ -300,8 +300,8 @@ class Mllama(VLM):
         projector = self.model["multi_modal_projector"]
         features: list[Tensor] = []
         for (_, rows, columns), group in groupby(pictures, key=lambda picture: picture.grid):
-            pixels = torch.stack([picture.pixels for picture in group])                   # (N, K, C, side, side)
-            x = tower(pixels.to(self.device), (rows, columns), self.dtype)                # (N, K, L, (1 + D) Dv)
+            pixels = torch.stack([picture.pixels_on(self.device) for picture in group])   # (N, K, C, side, side)
+            x = tower(pixels, (rows, columns), self.dtype)                                # (N, K, L, (1 + D) Dv)
             if not self.follows_transformers:
                 x = x[:, :rows * columns]                                                 # (N, tiles, L, (1 + D) Dv)
             # Each picture alone: in bf16 the sums of a product may run in another order if it has more rows.

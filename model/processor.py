@@ -2,6 +2,8 @@
 
     [{"role": "user", "content": [{"type": "image", "image": PIL.Image}, {"type": "text", "text": "..."}]}]
 
+In place of a PIL image there may be an encoded picture (sources.py), which is opened only where it must be.
+
 A chat becomes parts first (`layout`): control ids, texts and pictures in the order of the prompt. Control tokens are
 inserted by number; everything between two of them is encoded as one string in which special tokens are plain text, so
 that a question that spells "<|im_end|>" cannot end its turn. A picture becomes one placeholder for each feature vector
@@ -16,17 +18,18 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .batch import Batch, Row, collate
 from .images import MllamaImages, Picture, PictureReader, QwenImages
+from .kept import Kept
 from .ranges import check_placeholder, check_preprocessing
 from .settings import Settings, renamed_field
+from .sources import AnyPicture, EncodedPicture, is_encoded, is_picture
 from .tokenizer import load_tokenizer, mark_special, token_id
 
 Chat = list[dict]
-Part = int | str | Image.Image                          # a control id, a text between two of them, a picture
-Turn = tuple[str, list[str | Image.Image]]              # a role and what it says
+Part = int | str | AnyPicture                           # a control id, a text between two of them, a picture
+Turn = tuple[str, list[str | AnyPicture]]               # a role and what it says
 Span = tuple[int, Picture]                              # the column where a picture's placeholders start; the picture
 # Of the preprocessing of pictures, what the tower must have alike, and what it calls it.
 QWEN_SIZES = {
@@ -35,6 +38,8 @@ QWEN_SIZES = {
     "temporal_patch_size": "temporal_patch_size",
 }
 ENCODED_TEXTS = 65536                                   # the encodings that are kept: rubrics and roles come again
+ROWS_BYTES = 2 ** 28                                    # of the rows that are kept: of 1,100 tokens each, about 3,800
+TOKEN_BYTES = 64                                        # of a token in a kept row, at most: its id and three positions
 
 
 class Processor:
@@ -50,6 +55,7 @@ class Processor:
         self.tokenizer = load_tokenizer(folder)
         self.vocabulary = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         self.encode = lru_cache(maxsize=ENCODED_TEXTS)(self._encode)
+        self.kept_rows: Kept[tuple, Row] = Kept(ROWS_BYTES)             # by their parts, pictures by their keys
 
     def __call__(self, chats: list[Chat], add_generation_prompt: bool = True, first: int = 0) -> Batch:
         """Tokenize and preprocess `chats`; with `add_generation_prompt` each ends where the assistant begins.
@@ -64,21 +70,53 @@ class Processor:
              first: int = 0) -> list[Row]:
         """One Row a chat; the preprocessed pictures are added to `pictures` by key.
 
-        A PIL image that stands in several chats is preprocessed once.
+        A picture that stands in several chats is preprocessed once, and a row that was made before is not made again.
         """
-        preprocessed: dict[int, Picture] = {}           # by the id() of the PIL image
+        preprocessed: dict[int, Picture] = {}           # by the id() of what stands in the chat
+        self.prepare(chats)
         rows = []
         for number, chat in enumerate(chats, first):
             try:
                 parts = self.layout(chat, add_generation_prompt)
-                rows.append(self._encode_parts(parts, preprocessed))
+                rows.append(self._row(self._preprocess(parts, preprocessed)))
             except ValueError as error:
                 raise ValueError(f"chat {number}: {error}") from None
         for picture in preprocessed.values():
             pictures.setdefault(picture.key, picture)   # of equal ones the first, whose resized levels are at hand
         return rows
 
-    def _encode_parts(self, parts: list[Part], preprocessed: dict[int, Picture]) -> Row:
+    def prepare(self, chats: list[Chat], wanted: Callable[[str], bool] = lambda key: False) -> None:
+        """Begin, in threads, to open the encoded pictures that are not known, and of the known ones those whose pixels
+        are `wanted`, by their keys."""
+        encoded: dict[int, EncodedPicture] = {}
+        for chat in chats:
+            for message in chat:
+                for picture in message_pictures(message):
+                    if is_encoded(picture):
+                        encoded[id(picture)] = picture
+        self.images.prepare(encoded.values(), wanted)
+
+    def _preprocess(self, parts: list[Part], preprocessed: dict[int, Picture]) -> list[int | str | Picture]:
+        """The parts, each picture as it was `preprocessed` already, or is now."""
+        done: list[int | str | Picture] = []
+        for part in parts:
+            if not isinstance(part, int | str):
+                if id(part) not in preprocessed:
+                    preprocessed[id(part)] = self.images(part)
+                part = preprocessed[id(part)]
+            done.append(part)
+        return done
+
+    def _row(self, parts: list[int | str | Picture]) -> Row:
+        """The row of these parts, as it was kept or made now."""
+        key = tuple((part.key,) if isinstance(part, Picture) else part for part in parts)
+        row = self.kept_rows.get(key)
+        if row is None:
+            row = self._encode_parts(parts)
+            self.kept_rows.keep(key, row, TOKEN_BYTES * len(row.ids))
+        return row
+
+    def _encode_parts(self, parts: list[int | str | Picture]) -> Row:
         """Texts to ids, pictures to placeholders."""
         ids: list[int] = []
         spans: list[Span] = []
@@ -88,11 +126,8 @@ class Processor:
             elif isinstance(part, str):
                 ids.extend(self.encode(part))
             else:
-                if id(part) not in preprocessed:
-                    preprocessed[id(part)] = self.images(part)
-                picture = preprocessed[id(part)]
-                spans.append((len(ids), picture))
-                ids.extend([self.image_id] * picture.tokens)
+                spans.append((len(ids), part))
+                ids.extend([self.image_id] * part.tokens)
         return self.make_row(ids, spans)
 
     def layout(self, chat: Chat, add_generation_prompt: bool) -> list[Part]:
@@ -129,7 +164,8 @@ class Processor:
             elif isinstance(part, str):
                 length += text_tokens(part)
             else:
-                picture_layout = self.images.lay_out(part.height, part.width)
+                width, height = part.size
+                picture_layout = self.images.lay_out(height, width)
                 _, tokens = self.images.measure(picture_layout)
                 length += tokens
         return length
@@ -214,10 +250,10 @@ class QwenProcessor(Processor):
         for message in chat:
             parts += [self.turn_start_id, message_role(message) + "\n"]
             for value in message_parts(message):
-                if isinstance(value, Image.Image):
-                    parts += [self.vision_start_id, value, self.vision_end_id]
-                else:
+                if isinstance(value, str):
                     add_text(parts, value)
+                else:
+                    parts += [self.vision_start_id, value, self.vision_end_id]
             parts += [self.turn_end_id, "\n"]
         if add_generation_prompt:
             parts += [self.turn_start_id, "assistant\n"]
@@ -360,10 +396,9 @@ def add_text(parts: list[Part], text: str) -> None:
         parts.append(text)
 
 
-def has_picture(content: list[str | Image.Image]) -> bool:
+def has_picture(content: list[str | AnyPicture]) -> bool:
     """Whether a message's content holds a picture."""
-    pictures = [value for value in content if isinstance(value, Image.Image)]
-    return len(pictures) > 0
+    return any(not isinstance(value, str) for value in content)
 
 
 def message_role(message: dict) -> str:
@@ -374,17 +409,26 @@ def message_role(message: dict) -> str:
     return role
 
 
-def message_parts(message: dict) -> list[str | Image.Image]:
+def message_pictures(message: dict) -> list[AnyPicture]:
+    """The pictures of a message, whatever else it holds."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return []
+    pictures = [part.get("image") for part in content]
+    return [picture for picture in pictures if is_picture(picture)]
+
+
+def message_parts(message: dict) -> list[str | AnyPicture]:
     """The content of a message as texts and pictures in order."""
     content = message.get("content")
     if isinstance(content, str):
         return [content]
-    parts: list[str | Image.Image] = []
+    parts: list[str | AnyPicture] = []
     for part in content or ():
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
-        elif kind == "image" and isinstance(part.get("image"), Image.Image):
+        elif kind == "image" and is_picture(part.get("image")):
             parts.append(part["image"])
         else:
             raise ValueError(f"content must be text or a PIL image, not {part!r:.80}")

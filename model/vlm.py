@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from .attention import LayerCache
 from .batch import Batch
 from .images import Picture
+from .kept import Kept
 from .layers import Grid, Linear, linear
-from .processor import Processor, QwenProcessor
+from .processor import Chat, Processor, QwenProcessor
 from .prompts import Prompts
 from .settings import Settings
 
@@ -150,6 +150,14 @@ class VLM(nn.Module):
                     cache.put(picture.key, encoded)
         return [features[picture.key] for picture in batch.in_order]
 
+    def prepare(self, chats: list[Chat]) -> None:
+        """Begin to open the chats' encoded pictures in threads, those whose features are not kept.
+
+        To be called before the model is busy with others.
+        """
+        cache = self.feature_cache
+        self.processor.prepare(chats, wanted=lambda key: cache is None or key not in cache.entries)
+
     def chunks(self, pictures: list[Picture]) -> Iterator[list[Picture]]:
         """The pictures in order, as many at a time as have PATCHES_AT_ONCE together, but at least one."""
         chunk: list[Picture] = []
@@ -215,10 +223,10 @@ class QwenVL(VLM):
 
     def encode_images(self, pictures: list[Picture]) -> list[Tensor]:
         """What the tower makes of each picture: (its tokens, H), or (1 + D, its tokens, H) with DeepStack."""
-        pixels = torch.cat([picture.pixels for picture in pictures])                      # (N, patch width)
+        pixels = torch.cat([picture.pixels_on(self.device) for picture in pictures])      # (N, patch width)
         grids = [picture.grid for picture in pictures]
         tokens = [picture.tokens for picture in pictures]
-        features = self.tower(pixels.to(self.device), grids, self.dtype)                  # (..., M, H)
+        features = self.tower(pixels, grids, self.dtype)                                  # (..., M, H)
         return list(features.split(tokens, -2))
 
     def embed(self, batch: Batch, features: list[Tensor], image_tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -273,27 +281,11 @@ def pick_device(name: str | torch.device | None) -> torch.device:
     return torch.device("cuda", number)
 
 
-class FeatureCache:
-    """Image features of a frozen tower by picture; beyond `max_bytes` the least recently used are dropped."""
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self.bytes = 0                                  # of all entries
-        self.entries: OrderedDict[str, Tensor] = OrderedDict()          # by Picture.key, most recently used last
-
-    def get(self, key: str) -> Tensor | None:
-        """The features of a picture, or None."""
-        if key in self.entries:
-            self.entries.move_to_end(key)
-        return self.entries.get(key)
+class FeatureCache(Kept[str, Tensor]):
+    """Image features of a frozen tower by Picture.key; beyond `max_bytes` the least recently used are dropped."""
 
     def put(self, key: str, features: Tensor) -> None:
         """Keep a copy of `features`, unless they alone are larger than the cache."""
-        if features.nbytes > self.max_bytes:
-            return
         # A copy: `features` is a view, which would keep the features of its whole batch alive.
-        self.entries[key] = features.detach().clone()
-        self.bytes += features.nbytes
-        while self.bytes > self.max_bytes:
-            _, dropped = self.entries.popitem(last=False)
-            self.bytes -= dropped.nbytes
+        if features.nbytes <= self.max_bytes:
+            self.keep(key, features.detach().clone(), features.nbytes)

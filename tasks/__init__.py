@@ -13,7 +13,6 @@ where that mean is the official figure. What reads files is in loading.py and pi
 """
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tasks.pictures import encoded_bytes, open_image
+from tasks.pictures import PictureFile, open_image
 
 TASKS = {
     "bar": "tasks.shapes",
@@ -42,7 +41,8 @@ class Item:
     """A question with its pictures and, where it is known, its answer.
 
     `prompt` is the user's message in order: a string is text, an integer k is the picture `images[k]`.
-    `images` are encoded files (bytes, or the path of a file), decoded only by `chat()`.
+    `images` are encoded files (bytes, or the path of a file), decoded by `chat()` alone. In `lazy_chat()` they are
+    `pictures`, which whoever needs their pixels opens: a model that knows a picture already does not.
     `answer` is None where the split hides it: such an item can be trained on, never scored.
     `group` holds what reports break figures down by ({"subject": "Art"}, ...); several values all count.
     """
@@ -60,26 +60,43 @@ class Item:
         """The prompt as Hugging Face writes chats; the pictures are opened here and not before."""
         return self.chat_with(open_image)
 
+    def lazy_chat(self) -> list[dict]:
+        """The same chat with a PictureFile for each picture: nothing is opened, and they are the same at every call."""
+        return self.chat_showing(self.pictures)
+
     def chat_with(self, picture: Callable[[bytes | Path, str], Any]) -> list[dict]:
         """The same chat with picture(encoded, owner) for each picture; `owner` is what messages call this item."""
-        return [{"role": "user", "content": self.content_with(self.prompt, picture)}]
+        shown = {number: picture(self.images[number], self._owner) for number in self.prompt if isinstance(number, int)}
+        return self.chat_showing(shown)
 
-    def content_with(self, parts: Sequence[str | int], picture: Callable[[bytes | Path, str], Any]) -> list[dict]:
-        """Texts and numbers of pictures as the content of a message."""
-        content: list[dict] = []
-        for part in parts:
-            if isinstance(part, str):
-                content.append({"type": "text", "text": part})
-            else:
-                shown = picture(self.images[part], f"item {self.id!r:.80}")
-                content.append({"type": "image", "image": shown})
-        return content
+    def chat_showing(self, pictures: Sequence[Any] | dict[int, Any]) -> list[dict]:
+        """The same chat with pictures[k] for the picture `images[k]`."""
+        return [{"role": "user", "content": message_content(self.prompt, pictures)}]
+
+    @property
+    def _owner(self) -> str:
+        return f"item {self.id!r:.80}"
+
+    @cached_property
+    def pictures(self) -> tuple[PictureFile, ...]:
+        """Of each of `images` a handle that opens it, and keeps what is known of it."""
+        return tuple(PictureFile(image, self._owner) for image in self.images)
 
     @cached_property
     def picture_hashes(self) -> frozenset[str]:
         """SHA-256 of each encoded picture: data sets reuse pictures under different ids."""
-        files = [encoded_bytes(image) for image in self.images]
-        return frozenset(hashlib.sha256(data).hexdigest() for data in files)
+        return frozenset(picture.digest for picture in self.pictures)
+
+
+def message_content(parts: Sequence[str | int], pictures: Sequence[Any] | dict[int, Any]) -> list[dict]:
+    """Texts, and pictures[k] for each number k, as the content of a message."""
+    content: list[dict] = []
+    for part in parts:
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        else:
+            content.append({"type": "image", "image": pictures[part]})
+    return content
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,20 @@
-"""Encoded pictures: reading their bytes, and decoding them in one place.
+"""Encoded pictures: reading their bytes, and decoding them in one place, at once or when their pixels are needed.
 
 Data sets hold pictures that were cut short, damaged, or made to do harm. Pillow's decoders answer such bytes with
 errors of many kinds; `open_image` makes them one: a ValueError that names the picture.
 """
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
+import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -27,6 +30,7 @@ LONGEST_REASON = 200                                        # characters of a de
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, LookupError, EOFError,
                   ArithmeticError, AssertionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 
+PILLOW = re.compile(r"PIL\.")                               # its modules
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or its decoders' complaints go to stderr beside the error
 
 
@@ -45,9 +49,41 @@ def open_image(source: bytes | Path, owner: str = "") -> Image.Image:
 
     It names the file where `source` is a path, and else says that it is a picture of `owner` ("item 'q1'").
     """
-    encoded = io.BytesIO(encoded_bytes(source))
+    return _decoded(encoded_bytes(source), source, owner)
+
+
+class PictureFile:
+    """An encoded picture, opened only when its pixels are asked for. What else is known of it is found out once.
+
+    A file that is read again must hold what it held: all that was computed from it would belong to another picture.
+    """
+
+    def __init__(self, source: bytes | Path, owner: str = ""):
+        self.source = source
+        self.owner = owner                                  # what messages call whoever it belongs to
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the encoded bytes; ValueError where the file cannot be read."""
+        return hashlib.sha256(encoded_bytes(self.source)).hexdigest()
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(width, height), by the header; the errors of `open_image`."""
+        return picture_size(self.source, self.owner)
+
+    def open_picture(self) -> Image.Image:
+        """Decode it; the errors of `open_image`, and ValueError where the file has changed. Threads may do so."""
+        encoded = encoded_bytes(self.source)
+        if isinstance(self.source, Path) and hashlib.sha256(encoded).hexdigest() != self.digest:
+            raise ValueError(f"{_name(self.source, self.owner)} has changed since it was first read")
+        return _decoded(encoded, self.source, self.owner)
+
+
+def _decoded(encoded: bytes, source: bytes | Path, owner: str) -> Image.Image:
+    """The picture in these bytes, which come from `source`."""
     with _decoding(source, owner):
-        image = Image.open(encoded, formats=FORMATS)
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         image.load()
         _check_conversion(image)
     return image
@@ -83,12 +119,13 @@ def png_bytes(source: bytes | Path, owner: str = "") -> bytes:
 def _decoding(source: bytes | Path, owner: str) -> Iterator[None]:
     """Whatever a decoder raises inside becomes a ValueError that names the picture.
 
-    Warnings are not shown: they tell of damaged metadata, say, of a picture that can be decoded.
+    Pillow's warnings are not shown, from the first picture on: they tell of damaged metadata, say, of a picture that
+    can be decoded. warnings.catch_warnings would show them again afterwards, but is for programs of one thread.
     """
+    if not warnings.filters or warnings.filters[0][3] != PILLOW:
+        warnings.filterwarnings("ignore", module=PILLOW.pattern)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except UnidentifiedImageError:
         raise ValueError(f"cannot decode {_name(source, owner)}: it is not {' or '.join(FORMATS)}") from None
     except DECODER_ERRORS as error:

@@ -15,13 +15,13 @@ Whatever is wrong with a row is a ValueError that names the file and the line.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tasks import Item
+from tasks import Item, message_content
 from tasks.jsonl import read_lines
 from tasks.loading import column, data_path, encoded_image, read_parquet, read_rows, shown, shown_path, text_column
 from tasks.pictures import picture_size
@@ -51,9 +51,9 @@ class Preference(Item):
     source_id: str | None = None                        # the id that the row has itself; `id` is unique in the file
     place: str = ""                                     # the file's name and the line
 
-    def chat_with(self, picture: Callable[[bytes | Path, str], Any]) -> list[dict]:
-        """The conversation, as Item.chat_with has a single question."""
-        return [{"role": role, "content": self.content_with(parts, picture)} for role, parts in self.turns]
+    def chat_showing(self, pictures: Sequence[Any] | dict[int, Any]) -> list[dict]:
+        """The conversation, as Item.chat_showing has a single question."""
+        return [{"role": role, "content": message_content(parts, pictures)} for role, parts in self.turns]
 
 
 # ---- files

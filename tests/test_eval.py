@@ -312,7 +312,7 @@ def model(monkeypatch, tmp_path):
     stub.generate, stub.load_vlm = generate, load_vlm
     stub.limits = []
     processor = types.SimpleNamespace(limit_pixels=lambda *limits: stub.limits.append(limits))
-    stub.vlm = types.SimpleNamespace(processor=processor)
+    stub.vlm = types.SimpleNamespace(processor=processor, prepare=lambda chats: None)
     monkeypatch.setattr("loop.lengths.processor_alone", lambda *_: (None, None))         # no limit to prompts is known
     monkeypatch.setattr("model.generate", lambda *asked, **how: stub.generate(*asked, **how))
     monkeypatch.setattr("model.load_vlm", lambda *asked, **how: stub.load_vlm(*asked, **how))

@@ -12,6 +12,8 @@
     scoring_logits    expected_scores: nothing is decoded               the same
     logprob_*         dpo.sequence_logps, forward and backward          log_softmax of the full logits
     preprocessing     the processor's pictures                          transformers' PIL image processor
+    host_time         from an item to its packed row, its picture       TRL's data set and its collator for pictures, as
+                      (1024 x 1024, a PNG) met before                   at every step
     gate              gate.py's survey: a student and one verifier       none
     load_*            load_vlm without its processor                    from_pretrained
     answer_*          the scorers of tasks/ on 10,000 responses, and the slowest hostile response of 1 MB: no peer
@@ -80,6 +82,7 @@ from loop.survey_flags import SurveyConfig
 from model import FAMILIES, VLM, generate, load_vlm, next_digits
 from model.checkpoint import load_weights
 from model.images import QwenImages
+from model.pairs import pack_pairs
 from model.settings import read_settings
 from model.vlm import FeatureCache
 from replay import Pair
@@ -104,7 +107,7 @@ LINES = [Line("dpo_step", "dpo", "rate", "pairs/s"), Line("dpo_tokens", "dpo", "
          Line("sampling", "sampling", "rate", "tokens/s"), Line("scoring", "scoring", "rate", "candidates/s"),
          Line("scoring_logits", "scoring_logits", "rate", "candidates/s"),
          Line("logprob_time", "logprob", "seconds", "s"), Line("logprob_memory", "logprob", "first_memory", "MB"),
-         Line("preprocessing", "preprocessing", "rate", "pictures/s"),
+         Line("preprocessing", "preprocessing", "rate", "pictures/s"), Line("host_time", "host", "ms", "ms/pair"),
          Line("gate", "gate", "rate", "items/s"),
          Line("load_time", "load", "seconds", "s"), Line("load_memory", "load", "of_file", "x file"),
          Line("answer_scoring", "answers", "rate", "responses/s"), Line("answer_hostile", "hostile", "seconds", "s")]
@@ -126,9 +129,7 @@ def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
         items[str(i)] = Item(str(i), "bench", (0, text), (encoded.getvalue(),))
-        sides = ((*student.processor.encode(c), student.processor.turn_end_id, *student.processor.encode("\n"))
-                 for c in completions(size, i, 2))
-        pairs.append(Pair(str(i), *sides, 1.0, 0.0))
+        pairs.append(Pair(str(i), *pair_sides(student, size, i), 1.0, 0.0))
     found: list[Pair] = []
 
     def work() -> None:
@@ -196,6 +197,34 @@ def preprocessing(size: Size, folder: Path) -> Figures:
         images = QwenImages(folder)
         return [images(picture).pixels for picture in pictures]
     return Meter(size).run(work, len(pictures), check=digest(work()[0].numpy().tobytes()))
+
+
+def host(size: Size, folder: Path) -> Figures:
+    """What the host does for a pair before the model can begin, after the first time; pairs come one at a time."""
+    vlm = load_vlm(folder, size.device, size.dtype).requires_grad_(False)
+    vlm.feature_cache = FeatureCache(1 << 32)
+    pairs = []
+    for i, (image, text) in enumerate(questions(replace(size, picture=size.host_picture), size.pairs)):
+        image.save(folder / f"host-{i}.png")
+        item = Item(str(i), "bench", (0, text), (folder / f"host-{i}.png",))
+        pairs.append((item, *pair_sides(vlm, size, i)))
+
+    def work() -> None:
+        for item, chosen, rejected in pairs:
+            rows = pack_pairs(vlm.processor, [(item.lazy_chat(), chosen, rejected)]).to(vlm.device)
+            vlm.image_features(rows.batch)
+    sides = []
+    for item, *both in pairs:
+        [prompt] = vlm.processor.rows([item.lazy_chat()], {})
+        sides += [[*prompt.ids, *side] for side in both]
+    figures = Meter(size).run(work, size.pairs, check=digest(sides))
+    return figures | {"ms": 1000 * figures["seconds"] / size.pairs}
+
+
+def pair_sides(vlm: VLM, size: Size, number: int) -> list[tuple[int, ...]]:
+    """The tokens of a pair's chosen and rejected completion, as the chat template ends them."""
+    encode, end = vlm.processor.encode, vlm.processor.turn_end_id
+    return [(*encode(c), end, *encode("\n")) for c in completions(size, number, 2)]
 
 
 def survey_items(size: Size, folder: Path) -> Figures:
@@ -284,7 +313,8 @@ def checkpoint(size: Size, folder: Path) -> Figures:
 
 SIDES = {"checkpoint": checkpoint, "ceilings": ceilings, "dpo": dpo, "dpo_bf16": partial(dpo, dtype=torch.bfloat16),
          "sampling": sampling, "scoring": scoring,
-         "scoring_logits": scoring_logits, "logprob": logprob, "preprocessing": preprocessing, "gate": survey_items,
+         "scoring_logits": scoring_logits, "logprob": logprob, "preprocessing": preprocessing, "host": host,
+         "gate": survey_items,
          "load": load,
          "answers": answers, "hostile": hostile}
 

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,6 +71,7 @@ class Size:
     verdict: int = 12                                   # tokens
     positions: int = 2048                               # whose log-probabilities are computed at once
     pictures: int = 16                                  # that are preprocessed
+    host_picture: int = 1024                            # pixels a side of what the host makes a pair's row from
     responses: int = 10_000
     hostile: int = 1_000_000                            # characters
     matmul: int = 4096
@@ -81,8 +82,8 @@ class Size:
 SIZES = {
     "cpu": Size(narrow(384, 16, 6, 256, 8)),
     "quick": Size(narrow(48, 2, 3, 64, 4), picture=64, question=20, completion=8, pairs=2, samples=2, verdict=4,
-                  prompts=2, positions=64, pictures=2, responses=200, hostile=20_000, matmul=256, copied=1 << 20,
-                  repeats=1),
+                  prompts=2, positions=64, pictures=2, host_picture=64, responses=200, hostile=20_000, matmul=256,
+                  copied=1 << 20, repeats=1),
     "cuda": Size(CONFIGS["Qwen3-VL-2B"], "cuda", torch.bfloat16, picture=1024, completion=256, pairs=8, batch=4,
                  prompts=16, matmul=8192, copied=1 << 32),
 }
@@ -258,10 +259,7 @@ def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
     processor, dtype = load_processor(folder), dtype or size.dtype
-    rows = [{"images": [image], "prompt": [{"role": "user", "content": text}],
-             **{side: [{"role": "assistant", "content": c}]
-                for side, c in zip(("chosen", "rejected"), completions(size, i, 2))}}
-            for i, (image, text) in enumerate(questions(size, size.pairs))]
+    rows = preference_rows(size)
     meter, ends = Meter(size), []
 
     class Clock(TrainerCallback):
@@ -281,6 +279,32 @@ def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
     seconds = statistics.median(b - a for a, b in zip(ends[:-2:2], ends[2::2]))
     return meter.figures(seconds, 2 * size.pairs, dtype=str(dtype), check=[
         statistics.mean(row[f"logps/{side}"] for row in first) for side in ("chosen", "rejected")])
+
+
+def preference_rows(size: Size) -> list[dict[str, Any]]:
+    """A pair a row, as TRL takes them."""
+    rows = []
+    for i, (image, text) in enumerate(questions(size, size.pairs)):
+        chosen, rejected = ([{"role": "assistant", "content": c}] for c in completions(size, i, 2))
+        prompt = [{"role": "user", "content": text}]
+        rows.append({"images": [image], "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def host(size: Size, folder: Path) -> Figures:
+    """What DPOTrainer's loader does for a step of one pair: the data set decodes the picture, the collator the rest."""
+    from datasets import Dataset
+    from datasets import Image as Encoded
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+    data = Dataset.from_list(preference_rows(replace(size, picture=size.host_picture)))
+    collate = DataCollatorForVisionPreference(load_processor(folder))
+    assert isinstance(data.features["images"].feature, Encoded)         # kept as PNG, decoded at every reading
+    rows = []
+    for i in range(size.pairs):
+        found = collate([data[i]])
+        rows += [ids[mask.bool()].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"])]
+    figures = Meter(size).run(lambda: [collate([data[i]]) for i in range(size.pairs)], size.pairs, check=digest(rows))
+    return figures | {"ms": 1000 * figures["seconds"] / size.pairs}
 
 
 def ask(size: Size, processor: Any, model: Any, asked: list[list[dict]],
@@ -344,10 +368,11 @@ def load(size: Size, folder: Path) -> Figures:
 
 
 SIDES = {"dpo": dpo, "dpo_bf16": partial(dpo, dtype=torch.bfloat16), "sampling": sampling, "scoring": scoring,
-         "scoring_logits": scoring, "logprob": logprob, "preprocessing": preprocessing, "load": load}
+         "scoring_logits": scoring, "logprob": logprob, "preprocessing": preprocessing, "host": host, "load": load}
 READS = ("transformers", "torchvision", "jinja2")
 NEEDS = {"dpo": ("trl", *READS), "dpo_bf16": ("trl", *READS), "sampling": READS, "scoring": READS,
-         "scoring_logits": READS, "logprob": (), "preprocessing": READS[:1], "load": READS[:1]}
+         "scoring_logits": READS, "logprob": (), "preprocessing": READS[:1], "host": ("trl", *READS),
+         "load": READS[:1]}
 
 
 def missing(jobs: list[str]) -> list[str]:

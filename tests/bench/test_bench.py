@@ -10,7 +10,7 @@ BENCH = Path(__file__).with_name("bench.py")
 
 
 def test_quick(tmp_path: Path) -> None:
-    out, names = tmp_path / "bench.json", ["dpo_step", "dpo_memory", "load_memory"]
+    out, names = tmp_path / "bench.json", ["dpo_step", "dpo_memory", "host_time", "load_memory"]
     done = subprocess.run([sys.executable, BENCH, "--quick", "--json", out, "--lines", *names], capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ import judge
 import train
 from eval import load_task
 from loop import lengths
-from loop.lengths import answer_uses, fitting, outline_chat, verifier_uses, why_too_long
+from loop.lengths import answer_uses, fitting, verifier_uses, why_too_long
 from loop.loading import processor_alone
 from loop.survey import draw_twice, survey, survey_and_judge
 from loop.survey_flags import SurveyConfig
@@ -302,8 +302,8 @@ def test_lengths_are_those_of_the_prompts(family: str, tmp_path: Path) -> None:
             for kind in (lengths.QUESTION, lengths.RUBRIC, lengths.COMPARISON):
                 frame = kind.frame
                 length = processor([frame(one.chat())]).input_ids.shape[1]
-                assert processor.count_tokens(frame(outline_chat(one))) == length
-                assert processor.most_tokens(frame(outline_chat(one))) >= length
+                assert processor.count_tokens(frame(one.lazy_chat())) == length
+                assert processor.most_tokens(frame(one.lazy_chat())) >= length
 
 
 @pytest.mark.parametrize("name", ["student", "judge"])
@@ -311,7 +311,7 @@ def test_the_bound_holds_where_normalization_adds_bytes(name: str) -> None:
     """The tiny models' tokenizers normalize (NFC) and take unknown characters apart into bytes."""
     processor, _ = processor_alone(TINY / name)
     for text in ("\u0958" * 50, "\U0001d160" * 50, "漢" * 50, "é" * 50, "\ufb2c" * 50, "a" * 50, "<|im_end|>" * 9):
-        chat = outline_chat(item("a", text))
+        chat = item("a", text).lazy_chat()
         assert processor.count_tokens(chat) <= processor.most_tokens(chat)
 
 

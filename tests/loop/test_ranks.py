@@ -37,6 +37,26 @@ def raising(error: BaseException) -> Any:
     return work
 
 
+# ---- work shared
+
+def test_the_next_chunk_is_prepared_before_a_chunk_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank prepares what it will work on itself, and nothing of the other ranks'."""
+    monkeypatch.setenv("RANK", "1")
+    ranks = Ranks("cpu")
+    ranks.world = 2
+    others = {0: [], 2: [], 4: []}
+    monkeypatch.setattr(ranks, "gather", lambda value: [others, value] if isinstance(value, dict) else [value])
+    told: list[tuple[str, list[int]]] = []
+
+    def work(part: list[int]) -> list[int]:
+        told.append(("work", part))
+        return part
+
+    found = ranks.map(work, list(range(9)), 2, "x", lambda part: told.append(("prepare", part)))
+    assert found == [2, 3, 6, 7]
+    assert told == [("prepare", [2, 3]), ("prepare", [6, 7]), ("work", [2, 3]), ("prepare", [6, 7]), ("work", [6, 7])]
+
+
 # ---- the status
 
 @pytest.mark.parametrize("error, status", [

@@ -97,7 +97,8 @@ class World:
         """Stands in for load_vlm."""
         self.loaded.append(folder.name)
         weight = SimpleNamespace(numel=lambda: len(folder.name))
-        vlm = SimpleNamespace(name=folder.name, processor=StandInProcessor(), parameters=lambda: [weight] * 3)
+        vlm = SimpleNamespace(name=folder.name, processor=StandInProcessor(), parameters=lambda: [weight] * 3,
+                              prepare=lambda chats: None)
         vlm.requires_grad_ = lambda _: vlm
         vlm.image_features = self.encode
         return vlm

@@ -41,9 +41,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
             counted.resized += 1
             return resize_levels(self, *args)
 
-        def counting_pixels(self: PictureReader, levels: np.ndarray) -> torch.Tensor:
+        def counting_pixels(self: PictureReader, levels: np.ndarray, *device: torch.device) -> torch.Tensor:
             counted.pixels += 1
-            return make_pixels(self, levels)
+            return make_pixels(self, levels, *device)
 
         monkeypatch.setattr(reader, "resize_levels", counting_resize)
         monkeypatch.setattr(reader, "make_pixels", counting_pixels)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.images import to_rgb
+from model.sources import to_rgb
 from tasks import Item
 from tasks.pictures import DECODER_ERRORS, open_image, picture_format
 
