@@ -98,6 +98,8 @@ def join(path: Path, harness: str, rows: Sequence[LogRow], items: Sequence[Item]
 
     ValueError where an item has two rows with different responses, and where no row is about an item.
     """
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
     found: dict[str, LogRow] = {}
     foreign = []
     for row, item in zip(rows, find_items(path, rows, items), strict=True):
@@ -110,7 +112,7 @@ def join(path: Path, harness: str, rows: Sequence[LogRow], items: Sequence[Item]
                              f"{found[item.id].where}; give one run's log")
     if not found:
         raise ValueError(f"none of the {len(rows)} rows of {path} is about an item of the task, first "
-                         f"{shown(foreign[0]) if foreign else 'none'}: is it the log of another task or split?")
+                         f"{shown(foreign[0])}: is it the log of another task or split?")
 
     held = [as_shown(item) for item in items if item.id in found]
     missing = [item.id for item in items if item.id not in found]

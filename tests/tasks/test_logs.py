@@ -208,7 +208,7 @@ def test_what_was_asked_in_vain(tmp_path: Path) -> None:
 # ---- files that are something else
 
 @pytest.mark.parametrize("content, message", [
-    (b"PK\x03\x04rest", "PRED_FORMAT=tsv"), (b"\x80\x04pickle", "is a pickle"),
+    (b"[]", "holds no rows"), (b'"index"\t"prediction"\n', "holds no rows"), (b"PK\x03\x04rest", "PRED_FORMAT=tsv"), (b"\x80\x04pickle", "is a pickle"),
     (b"[1]", "row 1 is 1, not an object with index and prediction"), (b"[{}]", "row 1 is {}"), (b"[", "is not JSON"),
     (b'[{"index": 1, "prediction": null}]', "row 1: prediction is None, not a text"),
     (b'"index"\t"prediction"\n"1"\n', "row 1 has another number of columns"),
