@@ -62,7 +62,7 @@ def test_what_the_filter_chose_was_judged(tmp_path: Path) -> None:
 
 
 def test_older_logs_nest_lists_and_hold_the_row(tmp_path: Path) -> None:
-    old = {"doc_id": 0, "doc": {"id": "validation_Art_Theory_1"}, "target": "B", "arguments": {"0": "x"},
+    old = {"doc_id": 3, "doc": {"id": "validation_Art_Theory_1"}, "target": "B", "arguments": {"0": "x"},
            "resps": [["B", "A"]], "filtered_resps": ["B"], "doc_hash": "0", "acc_score": 1.0}
     log = read_log(made.write_lines(tmp_path / "log.jsonl", [old]), made.items_of("mmmu"))
     assert ids(log) == ["validation_Art_Theory_1"] and texts(log) == [["B", "A"]] and log.rows[0].verdict is True
@@ -158,7 +158,8 @@ def test_mathvista_of_vlmevalkit(write, tmp_path: Path) -> None:
     """Its index is the data set's pid, which is believed if questions and answers agree; `res` is what was read."""
     items = made.items_of("mathvista")
     read = ["C", "14", "5.774", "[2014, 2016]", "(b) of them"]
-    log = read_log(write(tmp_path / "m", made.kit_mathvista(["x"] * 5, read)), items)
+    rows = [row | {"id": None} for row in made.kit_mathvista(["x"] * 5, read)]
+    log = read_log(write(tmp_path / "m", rows), items)
     assert ids(log) == ["1", "2", "3", "4", "5"]
     assert [row.verdict for row in log.rows] == [True, True, False, None, None]     # unrounded; the last are left open
     assert read_log(write(tmp_path / "m", made.kit_mathvista(["x"] * 5, ["D", "14.0", "5.770", "", "E"])),
@@ -176,6 +177,19 @@ def test_an_index_that_is_another_number(tmp_path: Path) -> None:
     assert texts(log) == [[f"it is {k}"] for k in range(5)]
     with pytest.raises(ValueError, match="4 rows of category '' where the task has 5: their order does not tell"):
         read_log(made.write_table(tmp_path / "m.tsv", rows[1:]), items)
+
+
+def test_an_index_is_believed_if_question_and_answer_agree(tmp_path: Path) -> None:
+    """One that is an id by chance, of an item with the same question or the same answer, is not."""
+    def number(name: str, question: str, answer: str) -> Item:
+        return Item(name, "mathvista", (question,), answer=answer, answer_type="integer")
+    rows = [{"index": 1, "question": "How old?", "answer": "14", "prediction": "x"}]
+    path = made.write_table(tmp_path / "m.tsv", rows)
+    second = number("2", "How old?", "14")
+    assert ids(read_log(path, [second, number("1", "Hint: look.\nHow  old?", "14")])) == ["1"]
+    for other in (number("1", "How old?", "15"), number("1", "How long?", "14")):
+        with pytest.raises(ValueError, match="their order does not tell which is which"):
+            read_log(path, [second, other])
 
 
 def test_blink_of_vlmevalkit(tmp_path: Path) -> None:
@@ -208,7 +222,8 @@ def test_what_was_asked_in_vain(tmp_path: Path) -> None:
 # ---- files that are something else
 
 @pytest.mark.parametrize("content, message", [
-    (b"[]", "holds no rows"), (b'"index"\t"prediction"\n', "holds no rows"), (b"PK\x03\x04rest", "PRED_FORMAT=tsv"), (b"\x80\x04pickle", "is a pickle"),
+    (b"PK\x03\x04rest", "PRED_FORMAT=tsv"), (b"\x80\x04pickle", "is a pickle"),
+    (b"[]", "holds no rows"), (b'"index"\t"prediction"\n', "holds no rows"),
     (b"[1]", "row 1 is 1, not an object with index and prediction"), (b"[{}]", "row 1 is {}"), (b"[", "is not JSON"),
     (b'[{"index": 1, "prediction": null}]', "row 1: prediction is None, not a text"),
     (b'"index"\t"prediction"\n"1"\n', "row 1 has another number of columns"),
