@@ -22,6 +22,7 @@ class LoggedCandidates:
     absent: int = 0                                     # items of the task that no log holds
     foreign: int = 0                                    # rows that are about no item of the task
     failed: int = 0                                     # rows that hold no answer
+    repeated: int = 0                                   # rows that add nothing to another row of their log
 
     def add(self, item: Item, responses: Sequence[Response], where: str) -> None:
         """Add candidates of an item. ValueError where it is a pair that was shown in the other order before."""
@@ -49,7 +50,8 @@ class LoggedCandidates:
             "items of the task are not in the logs": self.absent,
             "rows of the logs are about no item of the task": self.foreign,
             "items have one response alone and are left out": len(self.samples) - len(sizes),
-            "rows hold no answer and are left out": self.failed}
+            "rows hold no answer and are left out": self.failed,
+            "rows repeat responses of another row and count once": self.repeated}
         told += [f"{count} {what}" for what, count in counts.items() if count]
         return "; ".join([*told, "the student's greedy answers are not measured"])
 
@@ -67,6 +69,7 @@ def read_candidates(paths: Sequence[str], items: Sequence[Item]) -> LoggedCandid
             add_lines(found, path, items)
             continue
         found.foreign += len(log.foreign)
+        found.repeated += log.repeated
         for item, row in zip(log.items, log.rows, strict=True):
             if row.failed:
                 found.failed += 1

@@ -59,6 +59,7 @@ class Log:
     rows: list[LogRow]                          # one an item
     missing: list[str]                          # ids of the task's other items
     foreign: list[str]                          # names of rows that are about none of the task's items
+    repeated: int                               # rows that add nothing to another row about their item
 
     @property
     def judged_responses(self) -> list[Response]:
@@ -82,6 +83,8 @@ class Log:
         if self.foreign:
             notes.append(f"{len(self.foreign)} of its rows are about no item of the task and are left out, first "
                          f"{shown(self.foreign[0])}.")
+        if self.repeated:
+            notes.append(f"{self.repeated} rows repeat responses of another row about their item, and count once.")
         failed = sum(row.failed for row in self.rows)
         if failed:
             notes.append(f"{failed} items were asked about in vain, says the log: they count as wrong.")
@@ -105,18 +108,21 @@ def join(path: Path, harness: str, rows: Sequence[LogRow], items: Sequence[Item]
     for row, item in zip(rows, find_items(path, rows, items), strict=True):
         if item is None:
             foreign.append(row.name)
-        elif item.id not in found or said(row) > said(found[item.id]):
-            found[item.id] = row
-        elif not said(row) <= said(found[item.id]):
+            continue
+        before = found.setdefault(item.id, row)
+        fewer, more = sorted((before, row), key=lambda each: len(each.responses))
+        if not said(fewer) <= said(more):
             raise ValueError(f"{row.where}: a second row for item {shown(item.id)}, with other responses than "
-                             f"{found[item.id].where}; give one run's log")
+                             f"{before.where}; give one run's log")
+        found[item.id] = more if len(fewer.responses) < len(more.responses) else before
     if not found:
         raise ValueError(f"none of the {len(rows)} rows of {path} is about an item of the task, first "
                          f"{shown(foreign[0])}: is it the log of another task or split?")
 
     held = [as_shown(item) for item in items if item.id in found]
     missing = [item.id for item in items if item.id not in found]
-    return Log(path, harness, held, [found[item.id] for item in held], missing, foreign)
+    return Log(path, harness, held, [found[item.id] for item in held], missing, foreign,
+               repeated=len(rows) - len(foreign) - len(held))
 
 
 def said(row: LogRow) -> set[str]:

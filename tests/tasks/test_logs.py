@@ -77,6 +77,10 @@ def test_a_row_for_every_filter_is_one_row(tmp_path: Path) -> None:
     for rows in ([vote, passed], [passed, vote]):
         log = read_log(made.write_lines(tmp_path / "log.jsonl", rows), made.items_of("mmmu"))
         assert texts(log) == [["A", "B", "A"]]
+        assert log.repeated == 1 and "1 rows repeat responses" in " ".join(log.notes())
+    alike = made.lmms_row(0, "B", ["A", "A"], metrics, filtered=["A", "A"])
+    log = read_log(made.write_lines(tmp_path / "log.jsonl", [vote, alike]), made.items_of("mmmu"))
+    assert texts(log) == [["A", "A"]]
     other = made.lmms_row(0, "B", ["C"], metrics)
     with pytest.raises(ValueError, match=r"line 2: a second row for item 'validation_Art_Theory_1', with other respon"):
         read_log(made.write_lines(tmp_path / "log.jsonl", [passed, other]), made.items_of("mmmu"))
