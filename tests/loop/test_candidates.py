@@ -104,11 +104,11 @@ def test_several_logs_are_put_side_by_side(tmp_path: Path) -> None:
     one = made.write_table(tmp_path / "1.tsv", made.kit_mmmu(["A", "B", "A", "1", "2", "I"]))
     two = made.write_records(tmp_path / "2.json", made.kit_mmmu(["A", "C", "Failed to obtain answer via API.", "3", "4",
                                                                  "H"]))
-    row = made.MMMU_ROWS[0]
-    three = made.write_lines(tmp_path / "3.jsonl", [made.lmms_row(0, "B", ["D", "E"], made.mmmu_metrics(row, ["D"]))])
-    found = read_candidates([str(path) for path in (two, three, one)], items)
+    row = made.MMMU_ROWS[4]
+    three = made.write_lines(tmp_path / "3.jsonl", [made.lmms_row(4, "I", ["D", "E"], made.mmmu_metrics(row, ["D"]))])
+    found = read_candidates([str(path) for path in (three, two, one)], items)
     assert [item.id for item in found.items] == [items[0].id, items[2].id, items[3].id, items[4].id]
-    assert texts(found, items[0].id) == ["C", "D", "E", "B"] and texts(found, items[4].id) == ["H", "I"]
+    assert texts(found, items[0].id) == ["C", "B"] and texts(found, items[4].id) == ["D", "E", "H", "I"]
     told = found.told()
     assert "candidates: 2 to 4 an item, on 4 items of " in told and "1 rows hold no answer and are left out" in told
     assert "1 items have one response alone" in told and "2 rows of the logs are about no item of the task" in told
