@@ -136,6 +136,8 @@ def test_pairs_are_judged_as_they_were_shown(tmp_path: Path) -> None:
                                                     for item in found.items])
     with pytest.raises(ValueError, match="line 1: pair 'RLAIF-V-1#0' has responses to both orders"):
         read_candidates([str(path), str(lines)], items)
+    found = read_candidates([str(lines), str(lines)], items)
+    assert [item.swapped for item in found.items] == [False, True, False, True, False, True]
 
 
 # ---- records and lengths
