@@ -1,7 +1,7 @@
 """Evaluate: load a task, ask the model, score by exact match, report.
 
     python eval.py --model Qwen/Qwen3-VL-8B-Instruct --task mmmu --data MMMU/      ask, score, report
-    python eval.py --responses responses.jsonl --task mmmu --data MMMU/            score answers from elsewhere
+    python eval.py --responses responses.jsonl --task mmmu --data MMMU/            score answers from elsewhere, a log
     python eval.py --export mmmu.jsonl --task mmmu --data MMMU/                    the task as neutral JSON lines
 
     accuracy = right answers / all items, with gate.py's 95 % interval; nothing extracted is wrong and stays in
@@ -33,6 +33,8 @@ from tasks.endings import EXPECTED, check_can_write, end, say, writing
 from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag, parse_flags
 from tasks.jsonl import Response
 from tasks.loading import fingerprint, shown
+from tasks.log_files import read_log
+from tasks.logs import Log, compare, verdict_table
 from tasks.output import Output, output_files
 from tasks.rewardbench import Comparison, both_orders, check_both_orders
 
@@ -43,7 +45,8 @@ Figure = dict[str, Any]                         # {"value", "low", "high", "n"}:
 class Config:
     task: str = flag("", "which task", choices=tuple(TASKS))
     model: str | None = flag(None, "the model to ask: a folder or a Hugging Face id")
-    responses: str | None = flag(None, "score this file instead: one {id, response, swapped?, finish_reason?} a line")
+    responses: str | None = flag(None, "score this file instead: a log of lmms-eval or VLMEvalKit, or one "
+                                "{id, response, swapped?, finish_reason?} a line")
     export: str | None = flag(None, "write the items here as JSON lines, pictures beside it, and ask nothing")
     data: str | None = flag(None, "folder with the benchmark's files; for --task jsonl the file itself")
     split: str | None = flag(None, "which split (default: the one the benchmark is reported on)")
@@ -127,15 +130,23 @@ def score_responses(cfg: Config) -> None:
         out = output_files(cfg.out)
         check_outputs(cfg, out.report, out.answers)
     items = load_scorable(cfg)
-    completions = jsonl.answers_from_elsewhere(cfg.responses, items, others=cfg.limit is not None)
-    finish(items, completions, out)
+    log = read_log(cfg.responses, [item for item in items if not jsonl.is_swapped(item)])
+    if log:
+        log.check_complete()
+        say("\n".join([*log.notes(), ""]))
+        finish(log.items, log.judged_responses, out, log)
+    else:
+        finish(items, jsonl.answers_from_elsewhere(cfg.responses, items, others=cfg.limit is not None), out)
 
 
-def finish(items: Sequence[Item], completions: Sequence[Response], out: Output | None) -> None:
-    """Score the completions, print the table, write the results."""
+def finish(items: Sequence[Item], completions: Sequence[Response], out: Output | None, log: Log | None = None) -> None:
+    """Score the completions, print the table and, of a log, that of the harness's verdicts; write the results."""
     answers = score_answers(items, completions)
-    figures = report(items, answers)
+    figures = report(items, answers, one_order=log is not None)
     say(table(figures))
+    if log:
+        figures["harness"] = compare(log, answers)
+        say(f"\n{verdict_table(figures['harness'])}")
     if out:
         write_results(out, items, answers, figures)
         say(f"\n{out.report}  {out.answers}")
@@ -229,17 +240,17 @@ def macro(figures: Sequence[Figure]) -> Figure:
     return {"value": value, "low": value - below, "high": value + above, "n": n}
 
 
-def report(items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Any]:
+def report(items: Sequence[Item], answers: Sequence[Answer], one_order: bool = False) -> dict[str, Any]:
     """The figures of a run over a task's items (at least one).
 
     "accuracy" is over all items; "groups" breaks it down by every key of Item.group; "macro" is the unweighted mean
     over the groups the task's module names as MACRO, "official" the one of the two that the benchmark publishes.
-    For pairs in both orders see `judge_report`, whose measures come on top.
+    For pairs in both orders see `judge_report`, whose measures come on top; with `one_order` each is there once.
     """
     if not items or [item.id for item in items] != [answer.id for answer in answers]:
         raise ValueError(f"{len(items)} items and {len(answers)} answers do not belong together")
     task = items[0].task
-    verdicts = 2 if isinstance(items[0], Comparison) else 1         # a pair is judged in both orders
+    verdicts = 2 if isinstance(items[0], Comparison) and not one_order else 1       # a pair is judged in both orders
     judged = judge_report(items, answers) if verdicts == 2 else {}
 
     correct = [answer.correct for answer in answers]

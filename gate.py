@@ -15,7 +15,7 @@ the sign of 2 q - 1 (see replay.py), so q > 1/2 has to be shown: q = 1/2 passes 
 time, q = 0.8 at least 95 % from 35 mixed pairs (one side right) on. Intervals are 95 %.
 
     python gate.py --records a.jsonl [b.jsonl ...] --out report.json    # no torch; several: ranked
-    python gate.py --student S --verifier V1 V2 --task bar              # asks the models first
+    python gate.py (--student S | --candidates LOG) --verifier V1 V2 --task bar     # asks first
 
 A record is one scored candidate: {"item": str, "correct": bool, "score": number in [0, 1] or null}.
 Optional keys: see replay.Record. What is not there is not measured, and the report says so.
@@ -669,7 +669,7 @@ def main(argv: list[str] | None = None) -> int:
         given = vars(parsed)
         cfg = Config(**{name: given.pop(name) for name in vars(Config()) if name in given})
         if bool(cfg.records) == bool(given):
-            raise ValueError("give either --records, or all of --student, --verifier and --task")
+            raise ValueError("give --records, or --verifier, --task and --student or --candidates")
         if given:
             questions = SurveyConfig(**given)       # checked before torch takes its seconds
             from loop.survey import survey_and_judge

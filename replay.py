@@ -184,9 +184,10 @@ def gather_records(items: Sequence[Any], *, greedy: Call, sample: Call, score: C
     """Ask student and verifier about `items` (each has an `.id`); returns one record a candidate.
 
     `greedy(items)`, `own(items)`: the student's, the verifier's greedy completions (.text and
-    .finish_reason); `sample(items)`: K of the student's for each; `score(items, texts)`: verdicts
-    (.value, .truncated; optional: .seconds, .tokens); `correct(item, text)`: .correct and .answer;
-    `group(item)`: a name of what it shares with other items, or None.
+    .finish_reason, which may be None), None for each that there is not; `sample(items)`: the
+    student's candidates; `score(items, texts)`: verdicts (.value, .truncated; optional: .seconds,
+    .tokens); `correct(item, text)`: .correct and .answer; `group(item)`: a name of what it shares
+    with other items, or None.
     """
     samples = sample(items)
     texts = [[completion.text for completion in completions] for completions in samples]
@@ -209,11 +210,14 @@ def gather_records(items: Sequence[Any], *, greedy: Call, sample: Call, score: C
     return records
 
 
-def _grade(item: Any, completion: Any, whose: str, correct: Call) -> dict[str, bool]:
-    """The three keys of a record that are about a completion."""
+def _grade(item: Any, completion: Any, whose: str, correct: Call) -> dict[str, bool | None]:
+    """The three keys of a record that are about a completion; none where there is no completion."""
+    if completion is None:
+        return {}
     match = correct(item, completion.text)
+    reason = completion.finish_reason
     return {f"{whose}_correct": bool(match.correct), f"{whose}_parsed": match.answer is not None,
-            f"{whose}_truncated": completion.finish_reason == "length"}
+            f"{whose}_truncated": None if reason is None else reason == "length"}
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -14,7 +14,7 @@ prompts are so short that the number of their bytes settles it; the others are t
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -61,8 +61,15 @@ class Use:
     model: str                                          # its name, for messages
     processor: Processor
     frame: Callable[[Chat], Chat]                       # as in Kind
-    candidates: int                                     # tokens that the longest candidates take
+    candidates: int                                     # how many answers such a prompt holds
+    longest: int                                        # tokens that one of them may take
     limit: int                                          # tokens that a prompt may have, these included
+
+    def candidate_tokens(self, texts: Sequence[str] | None) -> int:
+        """Tokens of a prompt's candidates: of the longest of `texts`, or of the longest that there can be (None)."""
+        if texts is None or not self.candidates:
+            return self.candidates * self.longest
+        return self.candidates * max(len(self.processor.encode(text)) for text in texts)
 
 
 # ---- the uses of a model
@@ -93,22 +100,24 @@ def model_uses(name: str, cfg: LengthFlags, kinds: Sequence[Kind]) -> list[Use]:
                 flag = "--" + kind.reply.replace("_", "-")
                 raise ValueError(f"{flag} {reply} leaves no room for a prompt: {name} has {positions} positions")
         if limit:
-            uses.append(Use(name, processor, kind.frame, kind.candidates * cfg.max_new_tokens, limit))
+            uses.append(Use(name, processor, kind.frame, kind.candidates, cfg.max_new_tokens, limit))
     return uses
 
 
 # ---- items
 
-def fitting(items: Sequence[Kept], uses: Sequence[Use] | Callable[[Kept], Sequence[Use]], skip: bool) -> list[Kept]:
+def fitting(items: Sequence[Kept], uses: Sequence[Use] | Callable[[Kept], Sequence[Use]], skip: bool,
+            texts: Mapping[str, Sequence[str]] | None = None) -> list[Kept]:
     """The items that fit. Any other is a ValueError; with `skip` it is left out, and how many are is printed.
 
-    `uses` are those of every item, or a function that says an item's. ValueError, too, where none is left.
+    `uses` are those of every item, or a function that says an item's; `texts` are the candidates by item id, where they
+    are known. ValueError, too, where none is left.
     """
     silent = not is_first_process()
     kept = []
     faults = []
     for item in tqdm(items, "lengths", unit="item", delay=SECONDS_WITHOUT_BAR, leave=False, disable=silent):
-        fault = why_too_long(item, uses(item) if callable(uses) else uses)
+        fault = why_too_long(item, uses(item) if callable(uses) else uses, texts[item.id] if texts else None)
         if fault is None:
             kept.append(item)
         elif skip:
@@ -123,15 +132,16 @@ def fitting(items: Sequence[Kept], uses: Sequence[Use] | Callable[[Kept], Sequen
     return kept
 
 
-def why_too_long(item: Item, uses: Sequence[Use]) -> str | None:
-    """In which use the item does not fit, as words; None where it fits in all."""
+def why_too_long(item: Item, uses: Sequence[Use], texts: Sequence[str] | None = None) -> str | None:
+    """In which use the item, with its candidates if known, does not fit, as words; None where it fits in all."""
     chat = item.lazy_chat()
     for use in uses:
         framed = use.frame(chat)
         try:
-            tokens = use.processor.most_tokens(framed) + use.candidates
+            candidates = use.candidate_tokens(texts)
+            tokens = use.processor.most_tokens(framed) + candidates
             if tokens > use.limit:                      # only a bound: the exact number is needed
-                tokens = use.processor.count_tokens(framed) + use.candidates
+                tokens = use.processor.count_tokens(framed) + candidates
         except ValueError as error:                     # no such picture, or text, can be given to the model
             raise ValueError(f"item {item.id!r:.80}: {error}") from None
         if tokens > use.limit:

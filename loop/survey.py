@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from eval import load_task
 from eval import score as exact_match
 from loop.cached_model import CachedModel, CostedScore
+from loop.candidates import LoggedCandidates, read_candidates
 from loop.lengths import TOO_LONG, answer_uses, fitting, verifier_uses, with_unasked
 from loop.memory import enough_memory
 from loop.sequential import measure_until_settled
@@ -49,7 +50,7 @@ class Surveyed:
 
 @dataclass(frozen=True)
 class Answered:
-    """What the student said: by item id, so that any of the items can be picked."""
+    """What the student said: by item id, so that any of the items can be picked. Logs hold no greedy answers."""
     greedy: dict[str, Response]
     samples: dict[str, list[Response]]
     group: dict[str, str]                               # items that share pictures -> a name for these
@@ -59,29 +60,29 @@ class Answered:
         return [completion.text for completion in self.samples[item.id]]
 
 
-def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float = 0.5) -> dict[str, Surveyed]:
-    """Each verifier's records, by its name. The student answers once for all of them.
+def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float = 0.5,
+           logged: LoggedCandidates | None = None) -> dict[str, Surveyed]:
+    """Each verifier's records, by its name. The student answers once for all of them, or has answered in logs.
 
     All models are found before one is asked, and one at a time is in memory. `cache` is the folder of what they
     answered before. `least`: of q, see loop/sequential.py. ValueError where a model is not there, and where an item is
     too long for one; with cfg.skip_long such an item has empty answers and no scores.
     """
-    asked = fitting(items, answer_uses(cfg.student, cfg), cfg.skip_long)
+    asked = items
+    if logged is None:
+        asked = fitting(items, answer_uses(cfg.student, cfg), cfg.skip_long)
     judged = {}                                         # what each verifier is asked about
     for name in cfg.verifier:
-        judged[name] = fitting(asked, verifier_uses(name, cfg, cfg.verdict), cfg.skip_long)
-    student = CachedModel(cfg.student, cfg, cache)
+        uses = verifier_uses(name, cfg, cfg.verdict)
+        judged[name] = fitting(asked, uses, cfg.skip_long, logged.texts if logged else None)
+    student = None if logged else CachedModel(cfg.student, cfg, cache)
     verifiers = [CachedModel(name, cfg, cache) for name in cfg.verifier]
     check_can_write(cache, "--cache")
 
-    ids = [item.id for item in items]
-    greedy = with_unasked(items, asked, student.greedy(asked), TOO_LONG)
-    samples = with_unasked(items, asked, student.samples(asked), [TOO_LONG] * cfg.k)
-    answered = Answered(
-        greedy=dict(zip(ids, greedy, strict=True)),
-        samples=dict(zip(ids, samples, strict=True)),
-        group=shared_pictures(items))
-    student.forget()
+    if logged is None:
+        answered = ask_student(cfg, student, items, asked)
+    else:
+        answered = Answered({}, logged.samples, shared_pictures(items))
 
     surveyed = {}
     for verifier in verifiers:
@@ -96,12 +97,24 @@ def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float =
     return surveyed
 
 
+def ask_student(cfg: SurveyConfig, student: CachedModel, items: Sequence[Item], asked: Sequence[Item]) -> Answered:
+    """The student's greedy answers and candidates; those of items that are not in `asked` are empty."""
+    ids = [item.id for item in items]
+    greedy = with_unasked(items, asked, student.greedy(asked), TOO_LONG)
+    samples = with_unasked(items, asked, student.samples(asked), [TOO_LONG] * cfg.k)
+    student.forget()
+    return Answered(
+        greedy=dict(zip(ids, greedy, strict=True)),
+        samples=dict(zip(ids, samples, strict=True)),
+        group=shared_pictures(items))
+
+
 def survey_all(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], part: Sequence[Item],
                answered: Answered) -> Surveyed:
     """One verifier on all of the items; it is not asked about those that are not in `part`."""
     own = verifier.greedy(part)
     scores, parameters = verifier.judge(part, [answered.texts(item) for item in part])
-    return Surveyed(make_records(cfg, items, part, answered, own, scores), {"parameters": parameters})
+    return Surveyed(make_records(items, part, answered, own, scores), {"parameters": parameters})
 
 
 def survey_until_settled(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], part: Sequence[Item],
@@ -134,7 +147,7 @@ def survey_until_settled(cfg: SurveyConfig, verifier: CachedModel, items: Sequen
     scores, result = measure_until_settled(
         [*first_part, *others], score, outcome, len(first_part), cfg.batch_size, least, cfg.useful_direction)
     own = verifier.greedy(first_part)
-    records = make_records(cfg, first, first_part, answered, own, scores[:len(first_part)])
+    records = make_records(first, first_part, answered, own, scores[:len(first_part)])
     told = {"outcome": result.outcome, "items": result.items, "fixed_items": len(first)}
     return Surveyed(records, {**measures, "direction": result.direction, "sequential": told})
 
@@ -144,14 +157,15 @@ def has_mixed_candidates(item: Item, texts: Iterable[str]) -> bool:
     return len({exact_match(item, text).correct for text in texts}) == 2
 
 
-def make_records(cfg: SurveyConfig, items: Sequence[Item], part: Sequence[Item], answered: Answered,
+def make_records(items: Sequence[Item], part: Sequence[Item], answered: Answered,
                  own: Sequence[Response], scores: Sequence[list[CostedScore]]) -> list[Record]:
     """The records of the items; a verifier's own answers and scores are those of the items in `part`."""
     all_own = with_unasked(items, part, own, TOO_LONG)
-    all_scores = with_unasked(items, part, scores, [UNSCORED] * cfg.k)
+    given = dict(zip((item.id for item in part), scores, strict=True))
+    all_scores = [given.get(item.id) or [UNSCORED] * len(answered.samples[item.id]) for item in items]
     return gather_records(
         items,
-        greedy=lambda items: [answered.greedy[item.id] for item in items],
+        greedy=lambda items: [answered.greedy.get(item.id) for item in items],
         sample=lambda items: [answered.samples[item.id] for item in items],
         score=lambda items, texts: all_scores,
         own=lambda items: all_own,
@@ -168,16 +182,22 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
     """
     out = Path(decide.out)
     check_replaceable(out, {"data": cfg.data}, flag="--out")
+    for path in cfg.candidates:
+        check_replaceable(out, {"candidates": path}, flag="--out")
     cache = Path(cfg.cache or out.parent / "gate_cache")
-    items, fresh_items = draw_twice(load_task(cfg.task, cfg.data, cfg.split), cfg)
+    of_task = load_task(cfg.task, cfg.data, cfg.split)
+    logged = read_candidates(cfg.candidates, of_task) if cfg.candidates else None
+    items, fresh_items = draw_twice(logged.items if logged else of_task, cfg)
     if len(cfg.verifier) > 1 and fresh_items and not cfg.skip_long:
-        check_lengths(cfg, fresh_items)                 # now: later it would end all the asking without a report
+        check_lengths(cfg, fresh_items, logged)         # now: later it would end all the asking without a report
 
     with enough_memory(cfg):
-        surveyed = survey(cfg, items, cache, decide.min_direction)
+        surveyed = survey(cfg, items, cache, decide.min_direction, logged)
     records = {name: of.records for name, of in surveyed.items()}
     advice, reports = judge(decide, records, {name: of.measures for name, of in surveyed.items()})
     for report in reports.values():
+        if logged:
+            report["reasons"].append(logged.told())
         if cfg.sequential:
             told = report["sequential"]
             report["reasons"].append(
@@ -190,7 +210,7 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
     told = "It was not measured again: too few other items have an answer."
     if fresh_items:
         with enough_memory(cfg):
-            fresh = survey(replace(cfg, verifier=[winner]), fresh_items, cache)
+            fresh = survey(replace(cfg, verifier=[winner]), fresh_items, cache, logged=logged)
         _, again = judge(decide, {winner: fresh[winner].records}, None)
         report = again[winner]
         told = f"It was measured again on fresh items: {report['verdict']}, {'; '.join(report['reasons'])}."
@@ -201,12 +221,12 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
     return advice, reports
 
 
-def check_lengths(cfg: SurveyConfig, items: Sequence[Item]) -> None:
+def check_lengths(cfg: SurveyConfig, items: Sequence[Item], logged: LoggedCandidates | None) -> None:
     """ValueError where an item is too long for the student or for one of the verifiers."""
-    uses = answer_uses(cfg.student, cfg)
+    uses = [] if logged else answer_uses(cfg.student, cfg)
     for name in cfg.verifier:
         uses += verifier_uses(name, cfg, cfg.verdict)
-    fitting(items, uses, skip=False)
+    fitting(items, uses, False, logged.texts if logged else None)
 
 
 def draw_twice(items: Sequence[Item], cfg: SurveyConfig) -> tuple[list[Item], list[Item]]:

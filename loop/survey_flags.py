@@ -1,18 +1,21 @@
 """Who is asked about what, and how: the flags of gate.py where it asks models. Nothing here imports torch."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from tasks import TASKS
-from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag
+from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag, flag_name
 from verifier import VERDICTS
+
+SAMPLING = ("k", "temperature", "top_p")                # flags of how a student is asked for candidates
 
 
 @dataclass(frozen=True)
 class SurveyConfig:
     """Flags of a survey of models."""
     student: str = flag("", "folder or hub id of the student")
+    candidates: list[str] = flag([], "in place of a student: files of its answers, as other harnesses log them")
     verifier: list[str] = flag([], "folders or hub ids of the verifiers")
     task: str = flag("", "name of the task", choices=tuple(TASKS))
     data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
@@ -39,9 +42,19 @@ class SurveyConfig:
     feature_cache_gb: ClassVar[float] = 4.0             # memory for image features that a model keeps between calls
 
     def __post_init__(self) -> None:
-        if not (self.student and self.verifier and self.task):
-            raise ValueError("give either --records, or all of --student, --verifier and --task")
+        if not (self.verifier and self.task and (self.student or self.candidates)):
+            raise ValueError("give --records, or --verifier, --task and --student or --candidates")
         check_ranges(self)
+        if self.candidates:
+            self.check_nothing_is_sampled()
         if self.sequential and len(self.verifier) > 1:
             raise ValueError("--sequential measures one verifier: several are compared on the same items")
         check_pixel_range(self.min_pixels, self.max_pixels)
+
+    def check_nothing_is_sampled(self) -> None:
+        """ValueError where flags say how to sample, though the candidates come from logs."""
+        if self.student:
+            raise ValueError("--candidates stand in place of a student: give one of --student and --candidates")
+        for entry in fields(self):
+            if entry.name in SAMPLING and getattr(self, entry.name) != entry.default:
+                raise ValueError(f"{flag_name(entry)} says how to sample, and --candidates leave nothing to sample")

@@ -228,8 +228,12 @@ class Response:
 
 def key_of(item: Item) -> Key:
     """What a response is filed under."""
-    swapped = isinstance(item, Comparison) and item.swapped
-    return item.id, swapped
+    return item.id, is_swapped(item)
+
+
+def is_swapped(item: Item) -> bool:
+    """Whether the item is a pair whose second response is shown first."""
+    return isinstance(item, Comparison) and item.swapped
 
 
 def item_keys(item: Item) -> dict[str, Any]:
@@ -256,8 +260,7 @@ def read_responses(path: str | Path, items: Sequence[Item], others: bool = False
     known = {key_of(item) for item in items}
     responses: dict[Key, Response] = {}
     for where, row in read_lines(path):
-        key = _response_key(row, where)
-        response = _response(row, where)
+        key, response = response_of(row, where)
         _, swapped = key
         if key in responses:
             order = " (swapped)" if swapped else ""
@@ -267,6 +270,11 @@ def read_responses(path: str | Path, items: Sequence[Item], others: bool = False
             raise ValueError(f"{where}: the task has no item {shown(row['id'])}{order}")
         responses[key] = response
     return responses
+
+
+def response_of(row: dict, where: str) -> tuple[Key, Response]:
+    """A line's response, and the item and order that it answers; ValueError that names the line where it is none."""
+    return _response_key(row, where), _response(row, where)
 
 
 def _response_key(row: dict, where: str) -> Key:

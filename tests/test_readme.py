@@ -41,6 +41,7 @@ PROGRAMS = {
 }
 WITHOUT_FLAGS = {"-m loop.demo"}
 TORCHRUN = ("--standalone", "--nproc-per-node")
+LMMS_EVAL = ("--log", "--repeats", "--reasoning")       # up to the underscore, where what is searched for ends
 COMMAND = re.compile(r"\b(?:python|torchrun(?: --standalone)? --nproc-per-node \w+) (-m [\w.]+|[\w/]+\.py)([^`\n#&;]*)")
 PYTEST = re.compile(r"(?:^|`|&& )(?:DEVICE=cpu )?pytest\b([^`\n#]*)", re.MULTILINE)
 
@@ -114,7 +115,7 @@ def test_commands_are_found() -> None:
 
 def known_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Every flag of every program."""
-    flags = {*TORCHRUN, "--help", "--ignore"}                           # pytest's, the last
+    flags = {*TORCHRUN, *LMMS_EVAL, "--help", "--ignore"}               # pytest's, the last
     for folder, name, _ in PROGRAMS.values():
         monkeypatch.syspath_prepend(str(ROOT / folder))
         module = importlib.import_module(name)
