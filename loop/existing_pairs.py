@@ -97,10 +97,10 @@ def pair_uses(cfg: Any, processor: Processor, positions: int | None, pair: Prefe
 
     uses = []
     if cfg.max_prompt_tokens:
-        uses.append(Use(cfg.student, processor, lambda chat: chat, 0, cfg.max_prompt_tokens))
+        uses.append(Use(cfg.student, processor, lambda chat: chat, 0, 0, cfg.max_prompt_tokens))
     if positions is not None:
         longer = max(len(chosen), len(rejected))
-        uses.append(Use(cfg.student, processor, lambda chat: chat, longer, positions))
+        uses.append(Use(cfg.student, processor, lambda chat: chat, 1, longer, positions))
     return uses
 
 
