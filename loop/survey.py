@@ -10,9 +10,12 @@ from typing import Any, Protocol
 from eval import load_task
 from eval import score as exact_match
 from loop.cached_model import CachedModel, CostedScore
+from loop.endpoint import is_served
 from loop.lengths import TOO_LONG, answer_uses, fitting, verifier_uses, with_unasked
 from loop.memory import enough_memory
 from loop.sequential import measure_until_settled
+from loop.served import FAILED
+from loop.served_survey import ServedAnswers
 from loop.survey_flags import SurveyConfig
 from replay import Record, gather_records, select_pair
 from tasks import Item
@@ -21,6 +24,7 @@ from tasks.jsonl import Response, check_replaceable
 from tasks.splits import shared_pictures
 
 Report = dict[str, Any]
+AnyModel = CachedModel | ServedAnswers                  # loaded, or behind a server
 UNSCORED = CostedScore(None, "")                        # in place of a verdict that was never asked for
 
 
@@ -58,6 +62,10 @@ class Answered:
         """The candidates of an item."""
         return [completion.text for completion in self.samples[item.id]]
 
+    def has_failed(self, item: Item) -> bool:
+        """Whether the requests for its candidates failed, so that there is nothing to judge."""
+        return FAILED in self.samples[item.id]
+
 
 def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float = 0.5) -> dict[str, Surveyed]:
     """Each verifier's records, by its name. The student answers once for all of them.
@@ -70,8 +78,8 @@ def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float =
     judged = {}                                         # what each verifier is asked about
     for name in cfg.verifier:
         judged[name] = fitting(asked, verifier_uses(name, cfg, cfg.verdict), cfg.skip_long)
-    student = CachedModel(cfg.student, cfg, cache)
-    verifiers = [CachedModel(name, cfg, cache) for name in cfg.verifier]
+    student = open_model(cfg.student, cfg, cache)
+    verifiers = [open_model(name, cfg, cache) for name in cfg.verifier]
     check_can_write(cache, "--cache")
 
     ids = [item.id for item in items]
@@ -81,22 +89,30 @@ def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float =
         greedy=dict(zip(ids, greedy, strict=True)),
         samples=dict(zip(ids, samples, strict=True)),
         group=shared_pictures(items))
+    unanswered = {item.id for item in asked if answered.has_failed(item)}
     student.forget()
 
     surveyed = {}
     for verifier in verifiers:
-        part = judged[verifier.name]
-        too_long = {"too_long": len(items) - len(part)}
+        too_long = len(items) - len(judged[verifier.name])
+        part = [item for item in judged[verifier.name] if item.id not in unanswered]
         if cfg.sequential:
             found = survey_until_settled(cfg, verifier, items, part, answered, least)
         else:
             found = survey_all(cfg, verifier, items, part, answered)
         verifier.forget()
-        surveyed[verifier.name] = replace(found, measures=found.measures | too_long)
+        failed = student.failed_requests + verifier.failed_requests
+        measures = found.measures | {"too_long": too_long, "failed_requests": failed}
+        surveyed[verifier.name] = replace(found, measures=measures)
     return surveyed
 
 
-def survey_all(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], part: Sequence[Item],
+def open_model(name: str, cfg: SurveyConfig, cache: Path) -> AnyModel:
+    """A model that is asked: loaded from its folder, or behind a server."""
+    return ServedAnswers(name, cfg, cache) if is_served(name) else CachedModel(name, cfg, cache)
+
+
+def survey_all(cfg: SurveyConfig, verifier: AnyModel, items: Sequence[Item], part: Sequence[Item],
                answered: Answered) -> Surveyed:
     """One verifier on all of the items; it is not asked about those that are not in `part`."""
     own = verifier.greedy(part)
@@ -104,7 +120,7 @@ def survey_all(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], 
     return Surveyed(make_records(cfg, items, part, answered, own, scores), {"parameters": parameters})
 
 
-def survey_until_settled(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], part: Sequence[Item],
+def survey_until_settled(cfg: SurveyConfig, verifier: AnyModel, items: Sequence[Item], part: Sequence[Item],
                          answered: Answered, least: float) -> Surveyed:
     """One verifier on the first `fixed_items`, and on others until its direction is settled: see loop/sequential.py.
 
@@ -178,6 +194,10 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
     records = {name: of.records for name, of in surveyed.items()}
     advice, reports = judge(decide, records, {name: of.measures for name, of in surveyed.items()})
     for report in reports.values():
+        if report["failed_requests"]:
+            report["reasons"].append(
+                f"{report['failed_requests']} requests to served models failed for good: what they asked for is "
+                "missing, and counts as wrong or as disagreement; the same command asks for it again")
         if cfg.sequential:
             told = report["sequential"]
             report["reasons"].append(

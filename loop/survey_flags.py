@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tasks import TASKS
-from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag
+from tasks.flags import DTYPES, RequestFlags, check_pixel_range, check_ranges, flag
 from verifier import VERDICTS
 
 
 @dataclass(frozen=True)
-class SurveyConfig:
+class SurveyConfig(RequestFlags):
     """Flags of a survey of models."""
-    student: str = flag("", "folder or hub id of the student")
-    verifier: list[str] = flag([], "folders or hub ids of the verifiers")
+    student: str = flag("", "folder or hub id of the student, or http://HOST:PORT/v1#NAME")
+    verifier: list[str] = flag([], "folders or hub ids of the verifiers, or http://HOST:PORT/v1#NAME")
     task: str = flag("", "name of the task", choices=tuple(TASKS))
     data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
     split: str | None = flag(None, "split of the data (default: the task's own)")
