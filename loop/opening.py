@@ -49,6 +49,7 @@ def open_verifier(run: Run) -> tuple[ServedModel, str]:
     folder = run.folder / SERVED
     log = AnswerLog(folder / f"rank-{run.ranks.rank}.jsonl", *sorted(folder.glob("rank-*.jsonl")))
     served = ServedModel(run.cfg.verifier, run.cfg, log, share=run.ranks.world)
+    served.identity = [served.address.name]             # its server may be elsewhere when the run is resumed
     return served, served.address.name
 
 

@@ -39,6 +39,7 @@ PATH = "/chat/completions"
 REFUSED = (400, 422)                                    # a field that a server does not take
 FAILED = Response("", None, "failed")                   # in place of an answer that did not come
 TOP_LOGPROBS = 20                                       # the most that servers usually give
+LEAST_DIGITS = 0.01                                     # probability of a digit where `{"score": 0.` is continued
 SCORE_FORMAT = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": {
     "type": "object",
     "properties": {"score": {"type": "number"}},
@@ -97,6 +98,7 @@ class ServedModel:
         address = parse_address(model)
         self.endpoint = Endpoint(address.url, flags.request_timeout)
         self.address = Address(address.url, find_name(self.endpoint, address))
+        self.identity = [self.address.url, self.address.name]       # what answers are kept under
         self.concurrency = max(1, flags.concurrency // share)
         self.max_failed = flags.max_failed
         self.log = log
@@ -244,7 +246,7 @@ class ServedModel:
             if error.status not in REFUSED:
                 raise
             problem = f" ({error})"
-        if digits is None or sum(digits) < 0.5:
+        if digits is None or sum(digits) < LEAST_DIGITS:
             raise ValueError(f"{self.address} does not continue a reply that was begun{problem}, so the digits after "
                              f"{REPLIES[1]!r} are not known where it replies 1; take --verdict json")
         return digits
@@ -287,7 +289,7 @@ class ServedModel:
 
     def _key(self, prompt: Prompt, how: dict[str, Any]) -> str:
         """What an answer is kept under: all that it depends on, and no secret."""
-        return digest([self.address.url, self.address.name, prompt.digest, how])
+        return digest([self.identity, prompt.digest, how])
 
     def _post(self, messages: list[Any], how: dict[str, Any], choices: int = 1,
               read_logprobs: Callable[[Any], Any] | None = None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class ServedAnswers:
         self.model.expect(len(things) if prompts is None else prompts)
         size = max(self.cfg.batch_size, self.model.concurrency)
         found: list[R] = []
-        with tqdm(total=len(things), desc=f"{self.name}: {label}", unit="item") as bar:
+        with tqdm(total=len(things), desc=f"{self.model.address.name}: {label}", unit="item") as bar:
             for start in range(0, len(things), size):
                 batch = things[start:start + size]
                 found += ask(batch)

@@ -41,9 +41,10 @@ class FakeServer:
             def do_GET(self) -> None:
                 server.headers.append(dict(self.headers))
                 listed = {"data": [{"id": name} for name in server.models]}
-                self.answer(Fault(200, json.dumps(listed).encode()))
+                self.answer(Fault(200 if self.path == "/v1/models" else 404, json.dumps(listed).encode()))
 
             def do_POST(self) -> None:
+                assert self.path == "/v1/chat/completions"
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server.lock:
                     number = len(server.bodies)
