@@ -39,12 +39,11 @@ from eval import load_task
 from loop import demo
 from loop.asking import greedy_answers, verdicts
 from loop.disk import check_disk
-from loop.endpoint import is_served
 from loop.flags import TrainingFlags
 from loop.gates import deploy_gate, gate_before
 from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.loading import frozen, pairs_at_once
-from loop.opening import failed_requests, open_verifier
+from loop.opening import failed_requests, is_served, open_verifier
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, row_logps
 from loop.pilot import LoopSteps
 from loop.ranks import Interrupted, Ranks, exit_status
@@ -72,8 +71,7 @@ class Config(TrainingFlags, RequestFlags):
     # What
     split: str | None = flag(None, "split that all items are cut from (default: the task's own)")
     student: str = flag(str(TINY / "student"), "folder or hub id of the model that is trained")
-    verifier: str = flag(str(TINY / "verifier"), "the frozen scorer: folder, hub id, or "
-                                                       "http://HOST:PORT/v1#NAME")
+    verifier: str = flag(str(TINY / "verifier"), "frozen scorer: folder, hub id, http://HOST/v1#NAME")
     out: str | None = flag(None, "folder of the run (default runs/TASK, for the demo runs/demo)")
     force: bool = flag(False, "train even if the gate says BLOCK")
 

@@ -261,7 +261,7 @@ def test_the_key_goes_to_the_server_alone(tmp_path: Path, monkeypatch: pytest.Mo
     """Not to where a redirect leads, nor into the log or a message, even if a server repeats it."""
     monkeypatch.setenv("OPENAI_API_KEY", SECRET + "\n")
     with serving(echo) as other:
-        leads_on = Fault(307, b"", {"Location": f"{other.url}/chat/completions"})
+        leads_on = Fault(302, b"", {"Location": f"{other.url}/chat/completions"})
         with serving(lambda body, number: leads_on if number else Fault(400, f"bad key {SECRET}".encode())) as server:
             model = model_of(server, tmp_path, expect=1, concurrency=1)
             assert model.generate(questions(1), temperature=0.0) == [[FAILED]]
@@ -269,7 +269,7 @@ def test_the_key_goes_to_the_server_alone(tmp_path: Path, monkeypatch: pytest.Mo
                 model.check()
             model = model_of(server, tmp_path, expect=1)
             assert model.generate(questions(1), temperature=0.0) == [[FAILED]]
-            with pytest.raises(TooManyFailed, match="HTTP 307, a redirect to 127.0.0.1, which is not followed"):
+            with pytest.raises(TooManyFailed, match="HTTP 302, a redirect to 127.0.0.1, which is not followed"):
                 model.check()
     assert not other.bodies and not other.headers
     assert {headers.get("Authorization") for headers in server.headers} == {f"Bearer {SECRET}"}
