@@ -23,7 +23,7 @@ from runs import few_items
 ROOT = Path(gate.__file__).parent
 TINY = ROOT / "model" / "tiny"
 COSTS = ("seconds_per_verdict", "tokens_per_verdict", "parameters", "cost")
-SECONDS_TO_START = 180
+SECONDS_TO_START = 600                                  # on a machine that is busy
 
 for package in ("transformers", "fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason='needs pip install "transformers[serving]" torchvision')
