@@ -20,7 +20,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ if __name__ == "__main__":                      # before what takes its time: Ct
 
 from tasks import TASKS, Item, Verdict, jsonl, task_module
 from tasks.endings import EXPECTED, check_can_write, end, say, writing
-from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag, parse_flags
+from tasks.flags import DTYPES, RequestFlags, check_pixel_range, check_ranges, flag, parse_flags
 from tasks.jsonl import Response
 from tasks.loading import fingerprint, shown
 from tasks.log_files import read_log
@@ -42,9 +41,9 @@ Figure = dict[str, Any]                         # {"value", "low", "high", "n"}:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RequestFlags):
     task: str = flag("", "which task", choices=tuple(TASKS))
-    model: str | None = flag(None, "the model to ask: a folder or a Hugging Face id")
+    model: str | None = flag(None, "the model to ask: a folder, a Hugging Face id, or http://HOST:PORT/v1#NAME")
     responses: str | None = flag(None, "score this file instead: a log of lmms-eval or VLMEvalKit, or one "
                                 "{id, response, swapped?, finish_reason?} a line")
     export: str | None = flag(None, "write the items here as JSON lines, pictures beside it, and ask nothing")
@@ -97,19 +96,14 @@ def main(argv: list[str] | None = None) -> int:
             items = load_scorable(cfg)
             out = planned_output(cfg)
             # Here and not above: whoever scores answers from elsewhere needs neither torch nor model/.
-            from loop.lengths import TOO_LONG, answer_uses, fitting, with_unasked
-            from loop.loading import activation_dtype, frozen
+            from loop.lengths import TOO_LONG, with_unasked
             from loop.memory import enough_memory
-            from model import generate, load_vlm
-            from model.vlm import pick_device
-            device = pick_device(cfg.device)
+            from loop.opening import open_answerer
             with enough_memory(cfg):
-                asked = fitting(items, answer_uses(cfg.model, cfg), cfg.skip_long)
-                vlm = frozen(load_vlm(cfg.model, device, activation_dtype(cfg.dtype, device)), cfg)
-                greedy = partial(generate, vlm, n=1, max_new_tokens=cfg.max_new_tokens, temperature=0.0, seed=0)
+                model = open_answerer(cfg, items, out)
                 out.reopen()                        # not before: what is wrong with the model leaves nothing on disk
-                completions = ask(asked, greedy, out, cfg.batch_size, vlm.prepare)
-            finish(items, with_unasked(items, asked, completions, TOO_LONG), out)
+                completions = ask(model.items, model.greedy, out, model.at_once, model.prepare)
+            finish(items, with_unasked(items, model.items, completions, TOO_LONG), out)
     except EXPECTED as error:
         return end("eval.py", error)
     return 0
@@ -274,6 +268,7 @@ def report(items: Sequence[Item], answers: Sequence[Answer], one_order: bool = F
         "truncation_rate": share(cut_off, verdicts),
         "mean_tokens": sum(tokens) / len(tokens) if tokens else None,
         "too_long": sum(answer.finish_reason == "too_long" for answer in answers),
+        "failed": sum(answer.finish_reason == "failed" for answer in answers),
         **judged,
         "groups": groups,
         **means,
@@ -329,6 +324,8 @@ def table(figures: dict[str, Any]) -> str:
     for name, figure in figures.items():
         if isinstance(figure, dict) and "value" in figure:
             lines.append(table_line(name, figure))
+    if figures["failed"]:
+        lines.append(f"{'failed requests, which count as wrong':<44} {figures['failed']:5}")
     if figures["mean_tokens"] is not None:
         lines.append(f"{'mean_tokens':<44} {figures['mean_tokens']:5.1f}")
     for key, groups in figures["groups"].items():
@@ -426,9 +423,11 @@ def ask(items: Sequence[Item], generate: Callable[[list[list[dict]]], Sequence],
             lines = []
             for item, [completion] in zip(batch, completions, strict=True):
                 responses[jsonl.key_of(item)] = completion
+                if completion.finish_reason == "failed":            # not an answer: it is asked for again next time
+                    continue
+                tokens = None if completion.token_ids is None else len(completion.token_ids)
                 row = jsonl.item_keys(item) | {
-                    "response": completion.text, "finish_reason": completion.finish_reason,
-                    "tokens": len(completion.token_ids)}
+                    "response": completion.text, "finish_reason": completion.finish_reason, "tokens": tokens}
                 lines.append(json.dumps(row) + "\n")
             with writing(path), path.open("a") as file:
                 file.write("".join(lines))

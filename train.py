@@ -42,7 +42,8 @@ from loop.asking import begin_pictures, greedy_answers, verdicts
 from loop.disk import check_disk
 from loop.gates import deploy_gate, gate_before
 from loop.lengths import answer_uses, fitting, verifier_uses
-from loop.loading import frozen, pairs_at_once
+from loop.loading import pairs_at_once
+from loop.opening import failed_requests, open_scorer
 from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, row_logps
 from loop.pair_files import complete_pairs
 from loop.pilot import LoopSteps
@@ -50,15 +51,16 @@ from loop.probe import probe
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
+from loop.served import Asked
 from loop.state import State, restore, save
 from loop.survey import draw_items
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
-from model import VLM, Completion, load_vlm
+from model import VLM, Completion
 from model.checkpoint import folder_digest
 from model.pairs import PairRows, pack_pairs
 from replay import Pair, ReplayBuffer, form_pairs
 from tasks import Item
-from tasks.flags import flag, parse_flags
+from tasks.flags import RequestFlags, flag, parse_flags
 from tasks.splits import Splits, split_items
 from verifier import VERDICTS, Score
 
@@ -66,7 +68,7 @@ TINY = Path(__file__).parent / "model" / "tiny"
 
 
 @dataclass(frozen=True)
-class Config(existing_pairs.PairFlags):
+class Config(existing_pairs.PairFlags, RequestFlags):
     """What a run depends on, with the flags of loop/flags.py, gate_flags.py and existing_pairs.py.
 
     The defaults suit the tiny models.
@@ -74,7 +76,8 @@ class Config(existing_pairs.PairFlags):
     # What
     split: str | None = flag(None, "split that all items are cut from (default: the task's own)")
     student: str = flag(str(TINY / "student"), "folder or hub id of the model that is trained")
-    verifier: str = flag(str(TINY / "verifier"), "folder or hub id of the frozen scorer")
+    verifier: str = flag(str(TINY / "verifier"),
+                         "frozen scorer: a folder, a hub id, or http://HOST:PORT/v1#NAME")
     out: str | None = flag(None, "folder of the run (default runs/TASK, for the demo runs/demo)")
 
     # Sampling and scoring
@@ -245,14 +248,13 @@ def load_splits(cfg: Config) -> Splits:
         items, cfg.gate_items, cfg.watch_items, cfg.held_out_items, cfg.seed, train)
 
 
-def load_models(run: Run) -> tuple[VLM, VLM | None]:
+def load_models(run: Run) -> tuple[VLM, Asked | None]:
     """The student, which is trained, and the frozen verifier, if any. Opens the run's folder."""
     cfg = run.cfg
     device = run.ranks.device
     student = load_trainable(cfg.student, cfg, device)
-    verifier = None if cfg.pairs else frozen(load_vlm(cfg.verifier, device, student.dtype), cfg)
+    verifier, scorer = open_scorer(run, student.dtype)
     check_disk(run, student, deployed_copies=1)
-    scorer = existing_pairs.digest(cfg.pairs) if cfg.pairs else folder_digest(verifier.folder)
     run.start(dtype=str(student.dtype).removeprefix("torch."),
               reference=folder_digest(student.folder), scorer=scorer)
     return student, verifier
@@ -283,7 +285,7 @@ def sample(run: Run, student: VLM, items: Sequence[Item], number: int) -> list[l
                    n=cfg.k, temperature=cfg.temperature, top_p=cfg.top_p, seed=seed)
 
 
-def score(run: Run, verifier: VLM, items: Sequence[Item],
+def score(run: Run, verifier: Asked, items: Sequence[Item],
           candidates: Sequence[Sequence[Completion]]) -> list[list[Score]]:
     """The verifier's verdict s_k on every candidate of every item; no item's answer is read."""
     texts = [[completion.text for completion in row] for row in candidates]
@@ -403,7 +405,7 @@ def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],
 
 def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
     """Write summary.json, say the outcome, return the exit status."""
-    run.write("summary.json", state.summary(run.cfg.task, post_gate))
+    run.write("summary.json", state.summary(run.cfg.task, post_gate) | failed_requests(run))
     if post_gate is None:
         run.say("nothing was trained; --force trains all the same")
         return 3

@@ -8,7 +8,6 @@ believed: what belongs there is asked for again.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from loop.answer_log import digest
 from loop.asking import ask_verifier, begin_pictures
 from loop.loading import activation_dtype, frozen
 from loop.survey_flags import SurveyConfig
@@ -51,6 +51,8 @@ class CostedScore(Score):
 
 class CachedModel:
     """A model that is asked only for what the cache does not hold; its weights are loaded at the first such thing."""
+
+    failed_requests = 0                                 # as served_survey.py counts them
 
     def __init__(self, name: str, cfg: SurveyConfig, cache: Path):
         self.name = name
@@ -255,12 +257,6 @@ def write_answers(path: Path, key: dict[str, Any], value: Any) -> Any:
     content = {"key": key, "value": value, "digest": digest([key, value])}
     write_whole(path, json.dumps(content))
     return value
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value as JSON."""
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def item_key(item: Item) -> list[Any]:

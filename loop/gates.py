@@ -11,6 +11,7 @@ from loop.asking import greedy_answers, greedy_completions
 from loop.loading import frozen
 from loop.pilot import LoopSteps, Scored, run_pilot
 from loop.run import Run
+from loop.served import Asked
 from loop.side_by_side import compare_answers
 from loop.state import State
 from model import VLM, load_vlm
@@ -20,7 +21,7 @@ from tasks.splits import Splits, shared_pictures
 
 # ---- before training
 
-def gate_before(run: Run, student: VLM, verifier: VLM, splits: Splits, loop: LoopSteps) -> dict[str, Any]:
+def gate_before(run: Run, student: VLM, verifier: Asked, splits: Splits, loop: LoopSteps) -> dict[str, Any]:
     """Measure the verifier on the target task; returns verdict, reasons, measures, and what the pilot saw.
 
     The records are kept in the run's folder, where `gate.py --records` reads them again. The pilot is run where all
@@ -50,13 +51,13 @@ def gate_before(run: Run, student: VLM, verifier: VLM, splits: Splits, loop: Loo
             "pilot": asdict(pilot) if pilot else None}
 
 
-def score_items(run: Run, student: VLM, verifier: VLM, items: Sequence[Item], loop: LoopSteps) -> Scored:
+def score_items(run: Run, student: VLM, verifier: Asked, items: Sequence[Item], loop: LoopSteps) -> Scored:
     """The student's candidates for each item, as round 0, and the verifier's scores of them."""
     candidates = loop.sample(run, student, items, 0)
     return Scored(list(items), candidates, loop.score(run, verifier, items, candidates))
 
 
-def make_records(run: Run, student: VLM, verifier: VLM, scored: Scored) -> list[Any]:
+def make_records(run: Run, student: VLM, verifier: Asked, scored: Scored) -> list[Any]:
     """A record for each candidate, with what student and verifier answer themselves. Pictures that items share make
     them one group."""
     group = shared_pictures(scored.items)
@@ -90,7 +91,7 @@ def with_pilot(decision: Decision, holds: bool, reason: str) -> tuple[str, list[
 
 # ---- after training
 
-def deploy_gate(run: Run, student: VLM, verifier: VLM, held_out: Sequence[Item], reviewed: Sequence[Item],
+def deploy_gate(run: Run, student: VLM, verifier: Asked, held_out: Sequence[Item], reviewed: Sequence[Item],
                 state: State) -> dict[str, Any]:
     """Compare the student as it would be deployed with its frozen self; deploy it on PROMOTE.
 

@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
+from loop.endpoint import is_served
 from loop.loading import processor_alone
 from model.processor import Chat, Processor
 from tasks import Item
@@ -85,10 +86,13 @@ def verifier_uses(name: str, cfg: LengthFlags, verdict: str) -> list[Use]:
 
 
 def model_uses(name: str, cfg: LengthFlags, kinds: Sequence[Kind]) -> list[Use]:
-    """The model is given prompts of these kinds. There is no use where no limit is known.
+    """The model is given prompts of these kinds. There is no use where no limit is known, nor of a served model: how
+    long a prompt is its server alone can tell.
 
     ValueError where the reply leaves no position to a prompt.
     """
+    if is_served(name):
+        return []
     processor, positions = processor_alone(name, cfg.min_pixels, cfg.max_pixels)
     uses = []
     for kind in kinds:

@@ -23,6 +23,7 @@ from loop.asking import greedy_answers
 from loop.optimise import make_optimiser
 from loop.ranks import Interrupted, NonFinite
 from loop.run import Run
+from loop.served import Asked
 from model import VLM, Completion
 from replay import Pair, ReplayBuffer, form_pairs
 from tasks import Item
@@ -94,7 +95,7 @@ class Pilot:
         return f"pilot: {seen}" if self.holds else f"the pilot got worse: {seen}"
 
 
-def run_pilot(run: Run, student: VLM, verifier: VLM, splits: Splits, scored: Scored, loop: LoopSteps) -> Pilot:
+def run_pilot(run: Run, student: VLM, verifier: Asked, splits: Splits, scored: Scored, loop: LoopSteps) -> Pilot:
     """Train for --pilot-steps on the pairs of `scored`, compare greedy answers before and after, put the student back.
 
     Raises Interrupted after a signal, NonFinite if a loss is; the student is put back then, too.
@@ -142,7 +143,7 @@ def draw_items(train: Sequence[Item], count: int, seed: int) -> tuple[list[Item]
     return answered, others
 
 
-def enough_pairs(run: Run, student: VLM, verifier: VLM, scored: Scored, others: Sequence[Item],
+def enough_pairs(run: Run, student: VLM, verifier: Asked, scored: Scored, others: Sequence[Item],
                  loop: LoopSteps) -> Scored:
     """`scored`, with as many `others` sampled and scored as LEAST_PAIRS pairs take, at most MOST_ASKED."""
     cfg = run.cfg

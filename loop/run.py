@@ -19,10 +19,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from loop.endpoint import is_served
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks
 from loop.run_files import LOCK, METRICS, SUMMARY, check_checkpoints, cut_metrics, outcome, remove_leftovers
 from loop.saving import saving
+from loop.served import Asked, ServedModel
 from model import save_vlm
 from model.checkpoint import whole_folder
 from model.sampler import Completion, generate
@@ -34,7 +36,8 @@ from tasks.jsonl import write_whole
 from tasks.lock import Lock, take_lock
 
 C = TypeVar("C", bound=TrainingFlags)                   # the program's own Config
-NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
+# Flags that a resumed run may change.
+NOT_COMPARED = ("resume", "out", "device", "concurrency", "max_failed", "request_timeout")
 STEP_LINE = {                                           # what a step's line shows, and how
     "loss": "loss {:.4f}",
     "rewards/margins": "margin {:+.3f}",
@@ -82,9 +85,7 @@ class Run(Generic[C]):
     def _flags(self) -> dict[str, Any]:
         """The flags that a resumed run must have again."""
         flags = asdict(self.cfg)
-        for name in NOT_COMPARED:
-            del flags[name]
-        return flags
+        return {name: value for name, value in flags.items() if name not in NOT_COMPARED}
 
     def start(self, **identities: str) -> None:
         """Make the folder with its config.json: the flags, and the `identities` of models. On --resume compare them.
@@ -155,10 +156,15 @@ class Run(Generic[C]):
 
     # ---- asking
 
-    def ask(self, vlm: VLM, items: Sequence[Item], label: str, **sampling: Any) -> list[list[Completion]]:
-        """generate(vlm, ...) over the chats of `items`, shared between ranks: a list (per item) of lists."""
+    def ask(self, vlm: Asked, items: Sequence[Item], label: str, **sampling: Any) -> list[list[Completion]]:
+        """generate(vlm, ...) over the chats of `items`, shared between ranks: a list (per item) of lists.
+
+        Of a served model these are Responses, which have the same names.
+        """
         def generate_part(part: Sequence[Item]) -> list[list[Completion]]:
             chats = [item.lazy_chat() for item in part]
+            if isinstance(vlm, ServedModel):
+                return vlm.generate(chats, max_new_tokens=self.cfg.max_new_tokens, **sampling)
             return generate(vlm, chats, max_new_tokens=self.cfg.max_new_tokens, **sampling)
 
         def prepare(part: Sequence[Item]) -> None:
@@ -294,8 +300,16 @@ def state_fields(state: Any) -> dict[str, Any]:
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """ValueError that names the first field in which a resumed run differs."""
+    """ValueError that names the first field in which a resumed run differs.
+
+    A served model is the same by its name alone: its server may have been started again, elsewhere.
+    """
     for name in sorted(set(before) | set(now)):
-        if before.get(name) != now.get(name):
+        if without_place(before.get(name)) != without_place(now.get(name)):
             raise ValueError(f"cannot resume: {name} is {now.get(name)!r:.200} and was {before.get(name)!r:.200} at "
                              "the start")
+
+
+def without_place(value: Any) -> Any:
+    """A setting; of a served model's address its name, behind "#"."""
+    return f"#{value.partition('#')[2]}" if isinstance(value, str) and is_served(value) else value

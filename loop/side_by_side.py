@@ -10,14 +10,14 @@ from eval import Answer
 from loop.asking import verdicts
 from loop.diagnosis import AnswerRow, explain_change
 from loop.run import Run
-from model import VLM
+from loop.served import Asked
 from tasks import Item
 
 BothAnswers = tuple[list[Answer], list[Answer]]         # the frozen student's and the trained one's, item by item
 BothRows = tuple[list[AnswerRow], list[AnswerRow]]      # the same as lines of files hold them
 
 
-def compare_answers(run: Run, verifier: VLM, held_out: tuple[Sequence[Item], BothAnswers],
+def compare_answers(run: Run, verifier: Asked, held_out: tuple[Sequence[Item], BothAnswers],
                     trained_on: tuple[Sequence[Item], BothAnswers], verdict: str) -> dict[str, Any]:
     """What explain_change says of the answers to two sets of items, each given as (items, both students' answers).
 

@@ -11,9 +11,12 @@ from eval import load_task
 from eval import score as exact_match
 from loop.cached_model import CachedModel, CostedScore
 from loop.candidates import LoggedCandidates, read_candidates
+from loop.endpoint import is_served
 from loop.lengths import TOO_LONG, answer_uses, fitting, verifier_uses, with_unasked
 from loop.memory import enough_memory
 from loop.sequential import measure_until_settled
+from loop.served import FAILED
+from loop.served_survey import ServedAnswers
 from loop.survey_flags import SurveyConfig
 from replay import Record, gather_records, select_pair
 from tasks import Item
@@ -22,6 +25,7 @@ from tasks.jsonl import Response, check_replaceable
 from tasks.splits import shared_pictures
 
 Report = dict[str, Any]
+AnyModel = CachedModel | ServedAnswers                  # loaded, or behind a server
 UNSCORED = CostedScore(None, "")                        # in place of a verdict that was never asked for
 
 
@@ -59,6 +63,10 @@ class Answered:
         """The candidates of an item."""
         return [completion.text for completion in self.samples[item.id]]
 
+    def has_failed(self, item: Item) -> bool:
+        """Whether the requests for its candidates failed, so that there is nothing to judge."""
+        return FAILED in self.samples[item.id]
+
 
 def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float = 0.5,
            logged: LoggedCandidates | None = None) -> dict[str, Surveyed]:
@@ -75,29 +83,37 @@ def survey(cfg: SurveyConfig, items: Sequence[Item], cache: Path, least: float =
     for name in cfg.verifier:
         uses = verifier_uses(name, cfg, cfg.verdict)
         judged[name] = fitting(asked, uses, cfg.skip_long, logged.texts if logged else None)
-    student = None if logged else CachedModel(cfg.student, cfg, cache)
-    verifiers = [CachedModel(name, cfg, cache) for name in cfg.verifier]
+    student = None if logged else open_model(cfg.student, cfg, cache)
+    verifiers = [open_model(name, cfg, cache) for name in cfg.verifier]
     check_can_write(cache, "--cache")
 
     if logged is None:
         answered = ask_student(cfg, student, items, asked)
     else:
         answered = Answered({}, logged.samples, shared_pictures(items))
+    unanswered = {item.id for item in asked if answered.has_failed(item)}
 
     surveyed = {}
     for verifier in verifiers:
-        part = judged[verifier.name]
-        too_long = {"too_long": len(items) - len(part)}
+        too_long = len(items) - len(judged[verifier.name])
+        part = [item for item in judged[verifier.name] if item.id not in unanswered]
         if cfg.sequential:
             found = survey_until_settled(cfg, verifier, items, part, answered, least)
         else:
             found = survey_all(cfg, verifier, items, part, answered)
         verifier.forget()
-        surveyed[verifier.name] = replace(found, measures=found.measures | too_long)
+        failed = verifier.failed_requests + (student.failed_requests if student else 0)
+        measures = found.measures | {"too_long": too_long, "failed_requests": failed}
+        surveyed[verifier.name] = replace(found, measures=measures)
     return surveyed
 
 
-def ask_student(cfg: SurveyConfig, student: CachedModel, items: Sequence[Item], asked: Sequence[Item]) -> Answered:
+def open_model(name: str, cfg: SurveyConfig, cache: Path) -> AnyModel:
+    """A model that is asked: loaded from its folder, or behind a server."""
+    return ServedAnswers(name, cfg, cache) if is_served(name) else CachedModel(name, cfg, cache)
+
+
+def ask_student(cfg: SurveyConfig, student: AnyModel, items: Sequence[Item], asked: Sequence[Item]) -> Answered:
     """The student's greedy answers and candidates; those of items that are not in `asked` are empty."""
     ids = [item.id for item in items]
     greedy = with_unasked(items, asked, student.greedy(asked), TOO_LONG)
@@ -109,7 +125,7 @@ def ask_student(cfg: SurveyConfig, student: CachedModel, items: Sequence[Item], 
         group=shared_pictures(items))
 
 
-def survey_all(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], part: Sequence[Item],
+def survey_all(cfg: SurveyConfig, verifier: AnyModel, items: Sequence[Item], part: Sequence[Item],
                answered: Answered) -> Surveyed:
     """One verifier on all of the items; it is not asked about those that are not in `part`."""
     own = verifier.greedy(part)
@@ -117,7 +133,7 @@ def survey_all(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], 
     return Surveyed(make_records(items, part, answered, own, scores), {"parameters": parameters})
 
 
-def survey_until_settled(cfg: SurveyConfig, verifier: CachedModel, items: Sequence[Item], part: Sequence[Item],
+def survey_until_settled(cfg: SurveyConfig, verifier: AnyModel, items: Sequence[Item], part: Sequence[Item],
                          answered: Answered, least: float) -> Surveyed:
     """One verifier on the first `fixed_items`, and on others until its direction is settled: see loop/sequential.py.
 
@@ -198,6 +214,10 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
     for report in reports.values():
         if logged:
             report["reasons"].append(logged.told())
+        if report["failed_requests"]:
+            report["reasons"].append(
+                f"{report['failed_requests']} requests to served models failed for good: what they asked for is "
+                "missing, and counts as wrong or as disagreement; the same command asks for it again")
         if cfg.sequential:
             told = report["sequential"]
             report["reasons"].append(

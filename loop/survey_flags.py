@@ -5,18 +5,18 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from tasks import TASKS
-from tasks.flags import DTYPES, check_pixel_range, check_ranges, flag, flag_name
+from tasks.flags import DTYPES, RequestFlags, check_pixel_range, check_ranges, flag, flag_name
 from verifier import VERDICTS
 
 SAMPLING = ("k", "temperature", "top_p")                # flags of how a student is asked for candidates
 
 
 @dataclass(frozen=True)
-class SurveyConfig:
+class SurveyConfig(RequestFlags):
     """Flags of a survey of models."""
-    student: str = flag("", "folder or hub id of the student")
+    student: str = flag("", "folder or hub id of the student, or http://HOST:PORT/v1#NAME")
     candidates: list[str] = flag([], "in place of a student: files of its answers, as other harnesses log them")
-    verifier: list[str] = flag([], "folders or hub ids of the verifiers")
+    verifier: list[str] = flag([], "folders or hub ids of the verifiers, or http://HOST:PORT/v1#NAME")
     task: str = flag("", "name of the task", choices=tuple(TASKS))
     data: str | None = flag(None, "folder or file that holds the task's data; the shapes tasks need none")
     split: str | None = flag(None, "split of the data (default: the task's own)")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import types
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tasks.endings import one_line
@@ -31,6 +31,14 @@ def flag(default: Any, help: str, choices: tuple | None = None, low: float = -ma
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)      # a new list for every Config
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RequestFlags:
+    """How a served model is asked, http://HOST:PORT/v1#NAME in place of a folder or hub id: see loop/served.py."""
+    concurrency: int = flag(16, "requests to a served model that are under way at once, over all ranks", low=1)
+    max_failed: float = flag(0.01, "share of the requests to a served model that may fail for good", low=0, high=1)
+    request_timeout: float = flag(600.0, "seconds that a served model may take for one answer", low=0.001)
 
 
 def check_ranges(config: Any) -> None:

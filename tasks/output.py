@@ -17,6 +17,7 @@ class Output:
     report: Path
     answers: Path
     responses: Path
+    served: Path                                                # what a server answered, as it came
     config: Path
     lock: Path
     settings: dict[str, Any] = field(default_factory=dict)      # what the answers depend on
@@ -25,7 +26,7 @@ class Output:
     @property
     def written(self) -> tuple[Path, ...]:
         """The files that an evaluation writes."""
-        return self.report, self.answers, self.responses, self.config, self.lock
+        return self.report, self.answers, self.responses, self.served, self.config, self.lock
 
     def check_unused(self) -> None:
         """ValueError where another process writes these files. It looks before a model is loaded, and holds nothing."""
@@ -79,5 +80,6 @@ def output_files(out: str | Path) -> Output:
         report=out if beside else folder / "report.json",
         answers=folder / f"{start}answers.jsonl",
         responses=folder / f"{start}responses.jsonl",
+        served=folder / f"{start}served.jsonl",
         config=folder / f"{start}config.json",
         lock=folder / f".{start}lock")

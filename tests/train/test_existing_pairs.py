@@ -60,7 +60,7 @@ def trained(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("sample", "score", "gate_before"):
             patch.setattr(train, name, no_weights)
-        patch.setattr(train, "load_vlm", no_weights)    # the verifier's
+        patch.setattr("model.load_vlm", no_weights)    # the verifier's
         assert start(config(out, pairs=str(file), **FLAGS)) == 3
     return out
 

@@ -25,7 +25,7 @@ from train import Config
     (["--tas", "bar"], "unrecognized arguments: --tas")], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_usage(words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(train, "load_vlm", no_weights)
+    monkeypatch.setattr("model.load_vlm", no_weights)
     monkeypatch.setattr(train, "load_task", no_weights)
     assert command(monkeypatch, "--out", str(tmp_path / "run"), *words) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
@@ -36,7 +36,7 @@ def test_usage(words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.
                                    ["--feature-cache-gb", "inf"]], ids=" ".join)
 def test_infinity_is_out_of_range(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(train, "load_vlm", no_weights)
+    monkeypatch.setattr("model.load_vlm", no_weights)
     monkeypatch.setattr(train, "load_task", no_weights)
     assert command(monkeypatch, "--task", "bar", "--out", str(tmp_path / "run"), *words) == 2
     assert words[0] in capsys.readouterr().err.splitlines()[-1]
