@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model import VLM, generate, load_vlm
-from model.sampler import Completion, Sampling, draw_tokens, draw_uniforms
+from model.draw import Nucleus, Sampling, draw_tokens, draw_uniforms, nucleus_by_threshold
+from model.sampler import Completion
 from tiny import chat, example_chats, picture, qwen3_vl_config, write_checkpoint
 
 DRAWS = 40_000
@@ -175,7 +176,7 @@ def test_seeds_differ(vlm: VLM) -> None:
 
 def test_first_tokens_follow_the_models_distribution(vlm: VLM) -> None:
     """What generate draws, after temperature, nucleus and bans, is what its definition says: 4,000 samples."""
-    from model.sampler import banned_tokens
+    from model.samples import banned_tokens
     messages, draws = chat("hello"), 4000
     with torch.no_grad():
         logits = vlm(vlm.processor([messages]))[0, -1].index_fill(0, banned_tokens(vlm), -torch.inf) / 0.25
