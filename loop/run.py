@@ -34,7 +34,7 @@ from tasks.jsonl import write_whole
 from tasks.lock import Lock, take_lock
 
 C = TypeVar("C", bound=TrainingFlags)                   # the program's own Config
-NOT_COMPARED = ("resume", "out", "device")              # flags that a resumed run may change
+NOT_COMPARED = ("resume", "out", "device", "eager")     # flags that a resumed run may change
 STEP_LINE = {                                           # what a step's line shows, and how
     "loss": "loss {:.4f}",
     "rewards/margins": "margin {:+.3f}",

@@ -248,8 +248,8 @@ class StaticSamples(Samples):
 
     def plan(self) -> None:
         """How the next steps are run: as they are written, or compiled, and captured from the second one on."""
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.may_capture = False
+        self.warm = False                               # whether a step has run since the tensors last moved
+        self.replay: Callable[[], None] | None = None   # a captured step
         wrapped = as_it_is if self.vlm.eager else compiled
         self.self_layer = wrapped(self_layer)
         self.cross_layer = wrapped(cross_layer)
@@ -262,22 +262,22 @@ class StaticSamples(Samples):
 
         if self.vlm.eager:
             self.step()
-        elif not self.may_capture:
+        elif not self.warm:
             self.first_step()
         else:
-            if self.graph is None:
-                self.graph = captured(self.step)
-            self.graph.replay()
+            if self.replay is None:
+                self.replay = captured(self.step, self.vlm.device)
+            self.replay()
 
     def first_step(self) -> None:
         """A step that is not captured: what is compiled, chosen or allocated at first use must not be."""
         start = time.perf_counter()
         self.step()
         seconds = time.perf_counter() - start
+        self.warm = True
         if not StaticSamples.compiled_before:
             StaticSamples.compiled_before = True
             print(f"decoding: the layers were compiled in {seconds:.0f} s (--eager: not compiled)", file=sys.stderr)
-        self.may_capture = self.vlm.device.type == "cuda"
 
     def step(self) -> None:
         """The newest tokens through the decoder, and the next ones drawn. All that changes changes in place."""
@@ -328,13 +328,15 @@ def as_it_is(function: Callable) -> Callable:
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """The function, compiled when it is first called; again if it meets other shapes."""
-    return torch.compile(function)
+    """The function, compiled when it is first called: for all sizes at once, but those of 1 apart."""
+    return torch.compile(function, dynamic=True)
 
 
-def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The step, whose tensors stay in place, as a CUDA graph. It is recorded, not run."""
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The step, whose tensors stay in place, as one launch: recorded as a CUDA graph, not run. On a CPU the step."""
+    if device.type != "cuda":
+        return step
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph
+    return graph.replay

@@ -125,21 +125,20 @@ def nucleus_by_threshold(probabilities: Tensor, top_p: float) -> Tensor:
     bits = torch.zeros_like(wanted, dtype=torch.int32)                                        # (R, 1) of the threshold
     for bit in reversed(range(THRESHOLD_BITS)):
         higher = bits + (1 << bit)
-        mass = mass_of(probabilities, probabilities >= higher.view(torch.float32))
+        mass = mass_without(probabilities, probabilities < higher.view(torch.float32))
         bits = torch.where(mass >= wanted, higher, bits)
 
     threshold = bits.view(torch.float32)
-    above = probabilities > threshold                                                         # (R, V)
-    on_it = probabilities == threshold
-    missing = wanted - mass_of(probabilities, above)                                          # (R, 1)
-    needed = (missing / threshold).ceil()               # of those on it
-    is_kept = above | (on_it & (on_it.cumsum(-1, dtype=torch.int32) <= needed))
-    return torch.where(is_kept, probabilities, 0)
+    on_it = probabilities == threshold                                                        # (R, V)
+    above = mass_without(probabilities, probabilities <= threshold)                           # (R, 1)
+    needed = ((wanted - above) / threshold).ceil()      # of those on it
+    is_spare = on_it & (on_it.cumsum(-1, dtype=torch.int32) > needed)
+    return probabilities.masked_fill((probabilities < threshold) | is_spare, 0)
 
 
-def mass_of(probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """The sum of those that are chosen, in double: (R, V), (R, V) bool -> (R, 1)."""
-    return torch.where(chosen, probabilities, 0).sum(-1, keepdim=True, dtype=torch.float64)
+def mass_without(probabilities: Tensor, dropped: Tensor) -> Tensor:
+    """The sum of those that are not dropped, in double: (R, V), (R, V) bool -> (R, 1)."""
+    return probabilities.masked_fill(dropped, 0).sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
