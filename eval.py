@@ -57,6 +57,7 @@ class Config(RequestFlags):
     batch_size: int = flag(8, "prompts at a time", low=1)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
     dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=DTYPES)
+    eager: bool = flag(True, "on a GPU: decode as written; --no-eager compiles and captures it (has run on no GPU)")
     min_pixels: int | None = flag(None, "enlarge smaller pictures to this area (default: the model's own)", low=1)
     max_pixels: int | None = flag(None, "shrink larger pictures to this area: less memory", low=1)
     feature_cache_gb: float = flag(4.0, "memory for image features, which several items may need, GB", low=0)

@@ -46,6 +46,7 @@ class TrainingFlags:
     device: str | None = flag(None, "cpu, cuda or cuda:N (default: cuda where there is one)")
     dtype: str | None = flag(None, "of activations (default: bfloat16 on cuda, else float32)", choices=DTYPES)
     feature_cache_gb: float = flag(4.0, "memory for image features kept between calls, GB a model", low=0)
+    eager: bool = flag(True, "on a GPU: decode as written; --no-eager compiles and captures it (has run on no GPU)")
 
     def __post_init__(self) -> None:
         check_ranges(self)

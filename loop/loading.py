@@ -17,6 +17,7 @@ from model.vlm import FeatureCache
 class AskFlags(Protocol):
     """The flags of a program that asks a model."""
     feature_cache_gb: float
+    eager: bool
     min_pixels: int | None
     max_pixels: int | None
 
@@ -32,6 +33,7 @@ def activation_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def frozen(vlm: VLM, cfg: AskFlags) -> VLM:
     """The model, to be asked and not trained. It keeps the features of pictures, up to feature_cache_gb."""
     vlm.requires_grad_(False)
+    vlm.eager = cfg.eager
     vlm.feature_cache = FeatureCache(int(cfg.feature_cache_gb * 1e9))
     limit_pixels(vlm.processor, cfg.min_pixels, cfg.max_pixels)
     return vlm

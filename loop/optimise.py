@@ -33,7 +33,7 @@ ONE_THREAD_PARAMETERS = 10_000_000                      # a model with fewer is 
 # ---- what is trained
 
 def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
-    """The model that is trained, as the flags dtype, trainable, lora_rank, recompute and feature_cache_gb have it.
+    """The model that is trained, as the flags dtype, trainable, lora_rank, recompute, feature_cache_gb and eager say.
 
     Trained weights are held in fp32 and computed in `dtype`: a bf16 weight cannot take a step of 1e-6. Frozen weights
     are held in `dtype` where the files are, and always under adapters, which are fp32 themselves.
@@ -41,6 +41,7 @@ def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
     dtype = activation_dtype(cfg.dtype, device)
     vlm = load_vlm(path, device, dtype if cfg.lora_rank else torch.float32)
     vlm.compute_dtype = dtype
+    vlm.eager = cfg.eager
     limit_pixels(vlm.processor, cfg.min_pixels, cfg.max_pixels)
 
     set_trainable(vlm, cfg.trainable, cfg.lora_rank, cfg.seed)

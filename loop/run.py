@@ -37,7 +37,7 @@ from tasks.lock import Lock, take_lock
 
 C = TypeVar("C", bound=TrainingFlags)                   # the program's own Config
 # Flags that a resumed run may change.
-NOT_COMPARED = ("resume", "out", "device", "concurrency", "max_failed", "request_timeout")
+NOT_COMPARED = ("resume", "out", "device", "eager", "concurrency", "max_failed", "request_timeout")
 STEP_LINE = {                                           # what a step's line shows, and how
     "loss": "loss {:.4f}",
     "rewards/margins": "margin {:+.3f}",

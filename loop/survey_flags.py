@@ -36,6 +36,7 @@ class SurveyConfig(RequestFlags):
     seed: int = flag(0, "seed of the choice of items and of the sampling", low=0)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
     dtype: str | None = flag(None, "default: bfloat16 on cuda, float32 on cpu", choices=DTYPES)
+    eager: bool = flag(True, "on a GPU: decode as written; --no-eager compiles and captures it (has run on no GPU)")
     min_pixels: int | None = flag(None, "enlarge smaller pictures to this area (default: the model's own)", low=1)
     max_pixels: int | None = flag(None, "shrink larger pictures to this area: less memory", low=1)
     cache: str | None = flag(None, "folder of what models answered (default: gate_cache beside the report)")

@@ -77,6 +77,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class SelfAttention(nn.Module):
     """Grouped-query self-attention with rotary positions; `qk_norm_eps` puts an RMSNorm over hd on q and k."""
+    joint: tuple[Tensor, Tensor | None] | None = None   # weight and bias of q, k and v together: see decode.py
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, bias: bool = False,
                  qk_norm_eps: float | None = None):
@@ -130,6 +131,7 @@ class Block(nn.Module):
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
+    joint: tuple[Tensor, Tensor | None] | None = None   # weight and bias of gate and up together: see decode.py
 
     def __init__(self, hidden: int, intermediate: int, bias: bool = False):
         super().__init__()
@@ -236,9 +238,13 @@ class MRopeDecoder(nn.Module):
         """The axis, 0 time, 1 height or 2 width, that turns frequency j: (hd / 2,) -> (hd / 2,)."""
         raise NotImplementedError
 
+    def frequencies(self, device: torch.device) -> Tensor:
+        """(hd / 2,): the rotary frequencies."""
+        return rope_frequencies(self.head_dim, self.theta, device)
+
     def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids: (3, B, T) -> cos, sin: (B, 1, T, hd / 2)."""
-        frequencies = rope_frequencies(self.head_dim, self.theta, position_ids.device)        # (hd / 2,)
+        frequencies = self.frequencies(position_ids.device)                                   # (hd / 2,)
         j = torch.arange(len(frequencies), device=frequencies.device)
         axes = self.axes(j)                                                                   # (hd / 2,)
         positions = position_ids[axes].movedim(0, -1)                                         # (B, T, hd / 2)

@@ -57,6 +57,7 @@ class VLM(nn.Module):
         super().__init__()
         self.compute_dtype: torch.dtype | None = None   # of activations; None: the dtype of the weights
         self.feature_cache: FeatureCache | None = None  # set it to keep image features between calls
+        self.eager = True                               # on CUDA: False compiles and captures decoding, see decode.py
 
     @property
     def head_weight(self) -> Tensor:

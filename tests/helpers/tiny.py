@@ -292,7 +292,7 @@ def reference_inputs(vlm: Any, batch: Any) -> dict[str, Tensor]:
 
 def reference_greedy(vlm: Any, reference: Any, messages: list[dict], tokens: int) -> list[int]:
     """transformers' greedy continuation of one chat, without ids that ours never samples."""
-    from model.sampler import banned_tokens
+    from model.samples import banned_tokens
     inputs = reference_inputs(vlm, vlm.processor([messages]))
     banned = [[token] for token in banned_tokens(vlm).tolist()]
     output = reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, bad_words_ids=banned)

@@ -15,7 +15,7 @@ from model import FAMILIES, VLM, generate, load_vlm, next_digits
 from model.mllama import CrossAttention, CrossLayer, Mllama
 from model.pairs import pack_pairs
 from model.processor import Chat
-from model.sampler import banned_tokens
+from model.samples import banned_tokens
 from model.settings import read_settings
 from model.vlm import FeatureCache
 from published import CONFIGS as PUBLISHED

@@ -21,7 +21,7 @@ from model.mllama import Mllama
 from model.pairs import pack_pairs
 from model.processor import Chat
 from model.prompts import pack_prompts
-from model.sampler import banned_tokens
+from model.samples import banned_tokens
 from model.vlm import FeatureCache
 from tiny import (
     CONFIGS,

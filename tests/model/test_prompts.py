@@ -10,7 +10,7 @@ import torch
 from model import VLM, generate, load_vlm, next_digits
 from model.batch import Row, collate
 from model.prompts import group_prompts, pack_prompts, shared_length
-from model.sampler import unfinished
+from model.samples import unfinished
 from tiny import CONFIGS, chat, picture, write_checkpoint
 from verifier import rubric_chat
 

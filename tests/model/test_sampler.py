@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model import VLM, generate, load_vlm
-from model.sampler import Completion, Sampling, draw_tokens, draw_uniforms
+from model.draw import Sampling, draw, draw_tokens, draw_uniforms, nucleus_by_threshold
+from model.sampler import Completion
 from tiny import chat, example_chats, picture, qwen3_vl_config, write_checkpoint
 
 DRAWS = 40_000
@@ -45,7 +46,9 @@ def definition(logits: Tensor, top_p: float, top_k: int) -> list[float]:
 
 def counts(logits: Tensor, top_p: float = 1.0, top_k: int = 0, seed: int = 0) -> list[int]:
     uniforms = torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.bincount(draw_tokens(logits.expand(DRAWS, -1), top_p, top_k, uniforms), minlength=len(logits)).tolist()
+    tokens, finite = draw_tokens(logits.expand(DRAWS, -1), top_p, top_k, uniforms)
+    assert finite.all()
+    return torch.bincount(tokens, minlength=len(logits)).tolist()
 
 
 def chi_square(found: list[int], expected: list[float]) -> float:
@@ -98,20 +101,65 @@ def test_extreme_uniforms(top_p: float, top_k: int) -> None:
                    [0.0, 0.0, 0.0, -200.0, -200.0, -inf]):
         row = torch.tensor([logits])
         for uniform in (0.0, 1e-300, 0.5, ALMOST_1):
-            [token] = draw_tokens(row, top_p, top_k, torch.tensor([uniform], dtype=torch.float64)).tolist()
-            assert row[0, token] > -inf
+            for nucleus in (None, nucleus_by_threshold):
+                [token] = draw_tokens(row, top_p, top_k, torch.tensor([uniform], dtype=torch.float64), nucleus)[0]
+                assert row[0, token] > -inf
     wide = torch.randn(1, 150_000, generator=torch.Generator().manual_seed(0))
-    assert 0 <= draw_tokens(wide, top_p, top_k, torch.tensor([ALMOST_1], dtype=torch.float64)).item() < 150_000
+    assert 0 <= draw_tokens(wide, top_p, top_k, torch.tensor([ALMOST_1], dtype=torch.float64))[0].item() < 150_000
 
 
 def test_rows_are_drawn_on_their_own() -> None:
     logits = torch.stack((LOGITS, LOGITS.flip(0), torch.zeros(9)))
     uniforms = torch.tensor([0.1, 0.6, 0.99], dtype=torch.float64)
     for top_p, top_k in ((1.0, 0), (0.8, 0), (0.8, 4)):
-        together = draw_tokens(logits, top_p, top_k, uniforms)
-        alone = [draw_tokens(logits[i:i + 1], top_p, top_k, uniforms[i:i + 1]).item() for i in range(3)]
-        assert together.tolist() == alone
-    assert draw_tokens(torch.zeros(3, 9), 1.0, 0, uniforms).tolist() == [0, 5, 8]       # the inverse, in token order
+        for nucleus in (None, nucleus_by_threshold):
+            together, _ = draw_tokens(logits, top_p, top_k, uniforms, nucleus)
+            alone = [draw_tokens(logits[i:i + 1], top_p, top_k, uniforms[i:i + 1], nucleus)[0].item() for i in range(3)]
+            assert together.tolist() == alone
+    assert draw_tokens(torch.zeros(3, 9), 1.0, 0, uniforms)[0].tolist() == [0, 5, 8]    # the inverse, in token order
+
+
+def sorted_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The nucleus as draw_tokens cuts it where it sorts, each token's probability in its own column."""
+    total = probabilities.sum(-1, keepdim=True, dtype=torch.float64)
+    largest, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = largest.double().cumsum(-1) - largest.double()
+    kept = largest.masked_fill(before >= top_p * total, 0)
+    return torch.zeros_like(probabilities).scatter(1, tokens, kept)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.25, 0.5, 0.51, 0.9, 0.999])
+def test_a_nucleus_without_a_sort_is_the_sorted_one(top_p: float) -> None:
+    """The same tokens with the same probabilities, to the last bit: sharp, flat, ties, zeros, a single token."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randn(64, 40, generator=generator) * scale for scale in (0.01, 1.0, 8.0, 60.0)]
+    rows.append(torch.randint(0, 4, (64, 40), generator=generator).float())             # many ties
+    rows.append(torch.zeros(1, 40))
+    rows.append(torch.full((1, 40), -torch.inf).index_fill(1, torch.tensor([7]), 0.0))
+    rows.append(torch.tensor([[0.5, 0.25, 0.25] + [0.0] * 37]).log())                   # exactly 0.5 is enough
+    probabilities = torch.cat(rows).softmax(-1)
+    found = nucleus_by_threshold(probabilities, top_p)
+    assert torch.equal(found, sorted_nucleus(probabilities, top_p))
+    assert ((found > 0).sum(1) >= 1).all()
+
+
+def test_a_wide_nucleus_without_a_sort() -> None:
+    """A vocabulary as models have it, where most probabilities are tiny and many are equal."""
+    logits = torch.randn(3, 150_000, generator=torch.Generator().manual_seed(0)).bfloat16().float() * 2
+    probabilities = logits.softmax(-1)
+    assert torch.equal(nucleus_by_threshold(probabilities, 0.9) > 0, sorted_nucleus(probabilities, 0.9) > 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("top_p, top_k, temperature", [(1.0, 0, 1.0), (0.9, 0, 1.0), (0.9, 3, 1.0), (1.0, 0, 0.0)])
+def test_a_draw_says_which_rows_are_no_numbers(top_p: float, top_k: int, temperature: float, bad: float) -> None:
+    logits = torch.zeros(3, 9)
+    logits[1, 4] = bad
+    logits[2, 4] = -math.inf                                            # ruled out, which is allowed
+    uniforms = None if temperature == 0 else torch.rand(3, dtype=torch.float64)
+    for nucleus in (None, nucleus_by_threshold):
+        tokens, finite = draw(logits.clone(), Sampling(1, temperature, top_p, top_k), uniforms, nucleus)
+        assert finite.tolist() == [True, False, True] and tokens.min() >= 0 and tokens.max() < 9
 
 
 # ---- a sample's own numbers
@@ -175,7 +223,7 @@ def test_seeds_differ(vlm: VLM) -> None:
 
 def test_first_tokens_follow_the_models_distribution(vlm: VLM) -> None:
     """What generate draws, after temperature, nucleus and bans, is what its definition says: 4,000 samples."""
-    from model.sampler import banned_tokens
+    from model.samples import banned_tokens
     messages, draws = chat("hello"), 4000
     with torch.no_grad():
         logits = vlm(vlm.processor([messages]))[0, -1].index_fill(0, banned_tokens(vlm), -torch.inf) / 0.25

@@ -153,9 +153,9 @@ def test_pixel_limits_reach_every_model(tmp_path: Path, monkeypatch: pytest.Monk
     limits: list[tuple[int | None, int | None]] = []
     monkeypatch.setattr(Processor, "limit_pixels", lambda _, *given: limits.append(given), raising=False)
     monkeypatch.delattr(QwenProcessor, "limit_pixels", raising=False)
-    run = Run(config(tmp_path / "run", max_pixels=5000, gate_items=4), Ranks("cpu"))
-    student, _ = train.load_models(run)
-    assert limits == [(None, 5000)] * 2
+    run = Run(config(tmp_path / "run", max_pixels=5000, gate_items=4, eager=False), Ranks("cpu"))
+    student, verifier = train.load_models(run)
+    assert limits == [(None, 5000)] * 2 and not student.eager and not verifier.eager
     with reference_model(student) as reference:
         assert reference.processor is student.processor
     deployed = []
@@ -164,6 +164,7 @@ def test_pixel_limits_reach_every_model(tmp_path: Path, monkeypatch: pytest.Monk
     state_now = State(frozen_held_out=[], frozen_reviewed=[])
     train.deploy_gate(run, student, student, [], [], state_now)
     assert limits == [(None, 5000)] * 3 and deployed[0].feature_cache.max_bytes == int(run.cfg.feature_cache_gb * 1e9)
+    assert not deployed[0].eager
     assert json.loads((tmp_path / "run" / "config.json").read_text())["max_pixels"] == 5000
     with pytest.raises(ValueError, match="--min-pixels 6000 is above --max-pixels 5000"):
         config(tmp_path / "other", max_pixels=5000, min_pixels=6000)

@@ -20,7 +20,7 @@ from model import VLM, Completion, generate, load_vlm, next_digits, save_vlm
 from model.batch import Batch
 from model.checkpoint import tensor_files
 from model.pairs import CompletionRows, pack_completions, pack_pairs
-from model.sampler import banned_tokens
+from model.samples import banned_tokens
 from model.vlm import FeatureCache
 from tiny import chat, load_like_transformers, load_reference, reference_inputs
 from verifier import REPLIES
