@@ -8,7 +8,6 @@ the paths.)
 from __future__ import annotations
 
 import math
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +29,9 @@ from tasks import Item
 from train import Config
 from verifier import REPLIES, VERDICTS
 
-DEVICE = os.environ.get("DEVICE", "cuda")
+DEVICE = "cuda"
 TINY = Path(__file__).resolve().parents[2] / "model" / "tiny"
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(
-    DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(autouse=True)
