@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 GIGABYTE = 1 << 30
+FLASH_DTYPES = (torch.bfloat16, torch.float16)          # a test may add torch.float32, to compare tokens with a CPU's
 
 
 # ---- graphs
@@ -281,7 +282,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, m
     keys from key_starts[b] on, `seqused_k`[b] of them where given. Returns what comes out and its log-sum-exps (heads,
     queries).
     """
-    assert q.dtype in (torch.bfloat16, torch.float16), f"flash attention of {q.dtype}"
+    assert q.dtype in FLASH_DTYPES, f"flash attention of {q.dtype}"
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "a head's numbers must stand side by side"
     assert starts.dtype == key_starts.dtype == torch.int32 and len(starts) == len(key_starts)
     assert dropout == 0 and not any(value is not None for value in rest.values())

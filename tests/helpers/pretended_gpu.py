@@ -25,7 +25,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretended_cuda import FUSED, SUBSTITUTES, attention_kernel, cuda_module, is_capturing
@@ -45,18 +46,20 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 OWN_FILES = {"pretended_gpu.py", "pretended_cuda.py"}
 
-# The host waits for what these find, or for how much of it there is.
-READS = {
-    aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default,
-    aten.nonzero.default, aten.masked_select.default, aten.bincount.default,
-    aten.unique_consecutive.default, aten._unique2.default, aten.repeat_interleave.Tensor,
+# What is special about an operator.
+SPECIAL = {
+    "move": (aten._to_copy.default, aten.copy_.default, aten.lift_fresh.default, aten.lift_fresh_copy.default),
+    "index": (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default),
+    # The host waits for what these find, or for how much of it there is.
+    "read": (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default,
+             aten.masked_select.default, aten.masked_scatter_backward.default, aten.bincount.default,
+             aten.unique_consecutive.default, aten._unique2.default, aten.repeat_interleave.Tensor),
+    # Like views, they launch nothing.
+    "free": (aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
+             aten.new_empty_strided.default, aten._unsafe_view.default, aten._reshape_alias.default,
+             aten.result_type.Tensor),
 }
-INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
-MOVES = {aten._to_copy.default, aten.copy_.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
-ALLOCATIONS = {                                         # like views, they launch nothing
-    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
-    aten.new_empty_strided.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.result_type.Tensor,
-}
+KINDS = {func: kind for kind, functions in SPECIAL.items() for func in functions}
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Wait:
 class Seen:
     """What was seen inside `watch()`."""
     waits: Counter[Wait] = field(default_factory=Counter)
-    operators: Counter[str] = field(default_factory=Counter)
+    operators: Counter[Any] = field(default_factory=Counter)
     places: Counter[Place] = field(default_factory=Counter)             # of the operators
     attention: Counter[str] = field(default_factory=Counter)            # kernels that SDPA would take on CUDA
 
@@ -139,7 +142,9 @@ class PretendedGPU:
             enter(mock.patch.object(owner, name, value))
         enter(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", group_tensors))
         enter(self.operators)
-        enter(Functions(self))
+        functions = Functions(self)
+        enter(functions)
+        enter(mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", functions.checkpointed))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -162,8 +167,8 @@ class PretendedGPU:
         if is_capturing():
             raise RuntimeError(f"{wait}: operation not permitted when stream is capturing")
 
-    def note_operator(self, name: str) -> None:
-        self.seen.operators[name] += 1
+    def note_operator(self, func: Any) -> None:
+        self.seen.operators[func] += 1
         self.seen.places[project_line()] += 1
 
 
@@ -186,16 +191,17 @@ class Operators(TorchDispatchMode):
 
         # A tensor with no axes may stay on the CPU: it is handed over as a number.
         others = [x for x in tensors if x.dim() > 0 and not isinstance(x, OnGPU)]
-        if func in MOVES:
+        kind = KINDS.get(func)
+        if kind == "move":
             self.note_move(func, kwargs, ours, others, becomes_ours)
-        elif func in INDEXING:
+        elif kind == "index":
             self.note_index(func, args, others)
         elif ours and others:
             raise self.two_devices(func, tensors)
-        if func in READS and not (func is aten.repeat_interleave.Tensor and kwargs.get("output_size")):
+        if kind == "read" and not kwargs.get("output_size"):            # repeat_interleave's: then nothing is counted
             self.gpu.note_wait("look", str(func))
-        if not func.is_view and func not in ALLOCATIONS:
-            self.gpu.note_operator(str(func))
+        if kind != "free" and not func.is_view:
+            self.gpu.note_operator(func)
 
         if "device" in kwargs:
             kwargs["device"] = CPU
@@ -284,6 +290,14 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.gpu.inside_functions -= given_ours
+
+    def checkpointed(self, function: Callable[..., Any], *args: Any,
+                     plain: Any = checkpoint._checkpoint_without_reentrant_generator) -> Any:
+        """torch.utils.checkpoint's own, whose function also runs in a backward pass, where torch has left this mode."""
+        def seen(*inputs: Any, **options: Any) -> Any:
+            with self if torch._C._len_torch_function_stack() == 0 else nullcontext():
+                return function(*inputs, **options)
+        return plain(seen, *args)
 
     def to(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         copy = kwargs.pop("copy", False)
