@@ -21,7 +21,7 @@ PRETENDED = pytest.StashKey[bool]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "true_shapes: one layer at a published model's widths, seconds each")
-    config.addinivalue_line("markers", "cuda: of a whole file: what only a GPU runs; on the pretended one without a GPU")
+    config.addinivalue_line("markers", "cuda: a file of what only a GPU runs; without one, on a pretended one")
 
 
 @pytest.fixture(autouse=True)
@@ -55,5 +55,5 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[PretendedGPU | None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.stash.get(PRETENDED, False):
-        terminalreporter.write_line("tests marked cuda ran on the pretended GPU (tests/helpers/pretended_gpu.py): torch sees "
-                                    "no real one")
+        terminalreporter.write_line("torch sees no GPU: tests marked cuda ran on the pretended one "
+                                    "(tests/helpers/pretended_gpu.py)")

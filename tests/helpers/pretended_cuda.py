@@ -24,7 +24,7 @@ FLASH_DTYPES = (torch.bfloat16, torch.float16)          # a test may add torch.f
 # ---- graphs
 
 class Tape(TorchDispatchMode):
-    """torch.cuda.CUDAGraph. Tensors may be of any device, so that bench.py can take it to count what replays compute."""
+    """torch.cuda.CUDAGraph. Tensors may be of any device: bench.py takes it on a GPU, to count what replays compute."""
     capturing: Tape | None = None
 
     def __init__(self) -> None:
@@ -299,7 +299,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, m
         last = int(key_starts[b + 1]) if seqused_k is None else first + int(seqused_k[b])
         T = queries.stop - queries.start
         S = last - first
-        assert T <= most_queries and S <= most_keys, f"{T} queries, {S} keys; {most_queries}, {most_keys} were announced"
+        assert T <= most_queries and S <= most_keys, f"{T} queries and {S} keys: more than was said"
         if T == 0:
             continue
         keys = k[first:last].float().repeat_interleave(g, 1)                    # (S, heads, hd)
