@@ -44,7 +44,7 @@ aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
-OWN_FILES = {"pretended_gpu.py", "pretended_cuda.py"}
+OWN_FILES = {"pretended_gpu.py", "pretended_cuda.py", "pretended_shapes.py"}
 
 # What is special about an operator.
 SPECIAL = {
@@ -91,6 +91,7 @@ class Seen:
     operators: Counter[Any] = field(default_factory=Counter)
     places: Counter[Place] = field(default_factory=Counter)             # of the operators
     attention: Counter[str] = field(default_factory=Counter)            # kernels that SDPA would take on CUDA
+    costs: Counter[str] = field(default_factory=Counter)                # bytes and FLOPs: pretended_shapes.py
 
     def looks(self) -> int:
         """How often the host waited for a result."""
