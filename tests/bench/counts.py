@@ -48,9 +48,8 @@ FIRST = 5                                               # tokens that are drawn 
 GIGA = 1e9
 
 
-def load(gpu: ShapesOnlyGPU, size: Size, folder: Path, dtype: torch.dtype) -> VLM:
-    """A model without numbers, and a processor of the published kind."""
-    write_settings(size, folder)
+def load(gpu: ShapesOnlyGPU, folder: Path, dtype: torch.dtype) -> VLM:
+    """A model without numbers, and a processor of the published kind. `folder` has the settings."""
     config = read_settings(folder, "config.json")
     family = FAMILIES[config["model_type"]]
     with torch.device("meta"):
@@ -144,12 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = SIZES["quick"]
     size = replace(size, prompts=args.prompts, samples=args.samples, batch=args.pairs)
     with ShapesOnlyGPU() as gpu, tempfile.TemporaryDirectory() as name:
-        vlm = load(gpu, size, Path(name), torch.bfloat16)
+        write_settings(size, Path(name))
+        vlm = load(gpu, Path(name), torch.bfloat16)
         found, prompts = sampling(gpu, vlm, size)
         read = step_bytes(vlm, prompts, size.samples, args.tokens)
-        found["micro-batch"] = training(gpu, load(gpu, size, Path(name), torch.float32), size)
+        found["micro-batch"] = training(gpu, load(gpu, Path(name), torch.float32), size)
     G, T = prompts.batch.input_ids.shape
-    print(f"{args.model}: {G} prompts of {T} tokens, {size.samples} samples each; {size.batch} pairs of "
+    print(f"{'a toy' if args.quick else args.model}: {G} prompts of {T} tokens, {size.samples} samples each; {size.batch} pairs of "
           f"{size.completion} tokens a side")
     print(table(found, args.bandwidth, args.rate))
     floor = 1e3 * sum(read.values()) / args.bandwidth

@@ -5,10 +5,10 @@
     sampling, scoring, scoring_logits       bench.py's lines with K = 2, 4, 8, 16, 32 candidates
     dpo_step                                bench.py's line on 1 and on 2 ranks
 
-Every process has one thread. The law: seconds grow as the floating-point operations do. A prompt is computed once for all of its candidates, so from
-K to 2 K they less than double; two ranks have half of them each. `of law` is what was measured over that. It falls
-below 1 where a step is bound by the weights that it reads once for all candidates, and lies above 1 on two ranks by
-what these say to each other.
+Every process has one thread. The law: seconds grow as the floating-point operations do. A prompt is computed once for
+all of its candidates, so from K to 2 K they less than double; two ranks have half of them each. `of law` is what was
+measured over that. It falls below 1 where a step is bound by the weights that it reads once for all candidates, and lies
+above 1 on two ranks by what these say to each other.
 """
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def measure(size: str, folder: Path) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'line':16}{'K or ranks':>10}{'seconds':>10}{'law':>10}{'of law':>8}"]
     for row in rows:
-        lines.append(f"{row['line']:16}{row['count']:>10}{row['seconds']:>10.3f}{row['law']:>10.3f}{row['of_law']:>8.2f}")
+        lines.append(f"{row['line']:16}{row['count']:>10}{row['seconds']:>10.3f}{row['law']:>10.3f}"
+                     f"{row['of_law']:>8.2f}")
     return "\n".join(lines)
 
 
