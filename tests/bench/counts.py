@@ -149,8 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         read = step_bytes(vlm, prompts, size.samples, args.tokens)
         found["micro-batch"] = training(gpu, load(gpu, Path(name), torch.float32), size)
     G, T = prompts.batch.input_ids.shape
-    print(f"{'a toy' if args.quick else args.model}: {G} prompts of {T} tokens, {size.samples} samples each; {size.batch} pairs of "
-          f"{size.completion} tokens a side")
+    name = "a toy" if args.quick else args.model
+    print(f"{name}: {G} prompts of {T} tokens, {size.samples} samples each; "
+          f"{size.batch} pairs of {size.completion} tokens a side")
     print(table(found, args.bandwidth, args.rate))
     floor = 1e3 * sum(read.values()) / args.bandwidth
     parts = ", ".join(f"{name} {amount / GIGA:.2f}" for name, amount in read.items())

@@ -5,10 +5,10 @@
     sampling, scoring, scoring_logits       bench.py's lines with K = 2, 4, 8, 16, 32 candidates
     dpo_step                                bench.py's line on 1 and on 2 ranks
 
-Every process has one thread. The law: seconds grow as the floating-point operations do. A prompt is computed once for
-all of its candidates, so from K to 2 K they less than double; two ranks have half of them each. `of law` is what was
-measured over that. It falls below 1 where a step is bound by the weights that it reads once for all candidates, and lies
-above 1 on two ranks by what these say to each other.
+Every process has one thread. The law: seconds grow as floating-point operations do. A prompt is computed once for all
+of its candidates, so from K to 2 K they less than double; two ranks have half of them each. "of law" is measured
+seconds over these. It falls below 1 where a step is bound by the weights, which it reads once for all candidates; on two
+ranks it lies above 1 by what these say to each other.
 """
 from __future__ import annotations
 
