@@ -7,8 +7,8 @@
 
 Every process has one thread. The law: seconds grow as floating-point operations do. A prompt is computed once for all
 of its candidates, so from K to 2 K they less than double; two ranks have half of them each. "of law" is measured
-seconds over these. It falls below 1 where a step is bound by the weights, which it reads once for all candidates; on two
-ranks it lies above 1 by what these say to each other.
+seconds over these. It falls below 1 where a step is bound by the weights, which it reads once for all candidates. On
+two ranks it lies above 1 by what these say to each other.
 """
 from __future__ import annotations
 
