@@ -35,13 +35,15 @@ PROGRAMS = {
     "gate.py": ("", "gate", "main"),
     "-m loop.make_tiny": ("", "loop.make_tiny", "main"),
     "tests/bench/bench.py": ("tests/bench", "bench", "main"),
+    "tests/bench/counts.py": ("tests/bench", "counts", "main"),
+    "tests/bench/scaling.py": ("tests/bench", "scaling", "main"),
     "tests/evidence/evidence.py": ("tests/evidence", "evidence", "main"),
     "tests/helpers/compare_layers.py": ("tests/helpers", "compare_layers", "main"),
 }
 WITHOUT_FLAGS = {"-m loop.demo"}
 TORCHRUN = ("--standalone", "--nproc-per-node")
 COMMAND = re.compile(r"\b(?:python|torchrun(?: --standalone)? --nproc-per-node \w+) (-m [\w.]+|[\w/]+\.py)([^`\n#&;]*)")
-PYTEST = re.compile(r"(?:^|`|&& )(?:DEVICE=cpu )?pytest\b([^`\n#]*)", re.MULTILINE)
+PYTEST = re.compile(r"(?:^|`|&& )pytest\b([^`\n#]*)", re.MULTILINE)
 
 
 def joined(text: str) -> str:
