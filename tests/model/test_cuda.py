@@ -213,9 +213,10 @@ def test_one_step(tmp_path: Path, items: list[Item]) -> None:
 
 def test_the_loss_falls(tmp_path: Path, items: list[Item]) -> None:
     """Five steps on the same pairs, all weights trained."""
-    run, student, _ = parts(tmp_path, lr=1e-3, warmup_steps=1, trainable="all")
+    run, student, _ = parts(tmp_path, lr=3e-4, warmup_steps=1, trainable="all")
     by_id = {item.id: item for item in items}
-    pairs = train.with_reference_logps(run, student, pairs_of(items[:4], student), by_id)
+    differing = [pair for pair in pairs_of(items[:6], student) if pair.chosen != pair.rejected][:4]
+    pairs = train.with_reference_logps(run, student, differing, by_id)
     optimiser = train.make_optimiser(student, run.cfg.lr, run.cfg.weight_decay)
     log = [train.train_step(run, student, optimiser, pairs, by_id, step) for step in range(1, 6)]
     assert log[-1]["loss"] < log[0]["loss"] - 0.05 and log[-1]["rewards/accuracies"] > 0.9
