@@ -156,13 +156,15 @@ def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor
     targets: (S, C); mask: (S, C) bool, False on padding. The stop token counts where it was
     sampled.
     """
-    hidden_of_tokens = hidden[mask]                                                    # (N, H)
-    targets_of_tokens = targets[mask]                                                  # (N,)
+    # Where the tokens are is found once: on a GPU this waits for all that was queued.
+    places = mask.flatten().nonzero()[:, 0]                                            # (N,)
+    hidden_of_tokens = hidden.flatten(0, 1).index_select(0, places)                    # (N, H)
+    targets_of_tokens = targets.flatten()[places]                                      # (N,)
     logps_of_tokens = token_logps(hidden_of_tokens, weight, targets_of_tokens)         # (N,)
 
-    zeros = torch.zeros(mask.shape, device=hidden.device)
-    logps = zeros.masked_scatter(mask, logps_of_tokens)                                # (S, C)
-    return logps.sum(1)
+    zeros = torch.zeros(mask.numel(), device=hidden.device)
+    logps = zeros.index_copy(0, places, logps_of_tokens)                               # (S C,)
+    return logps.view(mask.shape).sum(1)
 
 
 # ---- losses

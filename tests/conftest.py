@@ -14,10 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")          # for the programs that t
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
+from pretended_gpu import PretendedGPU
+
+PRETENDED = pytest.StashKey[bool]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "true_shapes: one layer at a published model's widths, seconds each")
-    config.addinivalue_line("markers", "cuda: needs a GPU, skipped without one")
+    config.addinivalue_line("markers", "cuda: a file of what only a GPU runs; without one, on a pretended one")
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +40,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu(request: pytest.FixtureRequest) -> Iterator[PretendedGPU | None]:
+    """While the tests of a file marked cuda run, torch has the pretended GPU; None where there is a real one."""
+    if request.node.get_closest_marker("cuda") is None or torch.cuda.is_available():
+        yield None
+        return
+    request.config.stash[PRETENDED] = True
+    with PretendedGPU() as pretended:
+        yield pretended
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash.get(PRETENDED, False):
+        terminalreporter.write_line("torch sees no GPU: tests marked cuda ran on the pretended one "
+                                    "(tests/helpers/pretended_gpu.py)")

@@ -36,6 +36,8 @@ PROGRAMS = {
     "-m loop.make_tiny": ("", "loop.make_tiny", "main"),
     "-m loop.export": ("", "loop.export", "main"),
     "tests/bench/bench.py": ("tests/bench", "bench", "main"),
+    "tests/bench/counts.py": ("tests/bench", "counts", "main"),
+    "tests/bench/scaling.py": ("tests/bench", "scaling", "main"),
     "tests/evidence/evidence.py": ("tests/evidence", "evidence", "main"),
     "tests/helpers/compare_layers.py": ("tests/helpers", "compare_layers", "main"),
 }
@@ -43,7 +45,7 @@ WITHOUT_FLAGS = {"-m loop.demo"}
 TORCHRUN = ("--standalone", "--nproc-per-node")
 LMMS_EVAL = ("--log", "--repeats", "--reasoning")       # up to the underscore, where what is searched for ends
 COMMAND = re.compile(r"\b(?:python|torchrun(?: --standalone)? --nproc-per-node \w+) (-m [\w.]+|[\w/]+\.py)([^`\n#&;]*)")
-PYTEST = re.compile(r"(?:^|`|&& )(?:DEVICE=cpu )?pytest\b([^`\n#]*)", re.MULTILINE)
+PYTEST = re.compile(r"(?:^|`|&& )pytest\b([^`\n#]*)", re.MULTILINE)
 
 
 def joined(text: str) -> str:

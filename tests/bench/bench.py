@@ -22,7 +22,9 @@ Same machine, weights, pictures, tokens and run. Both sides train the language m
 side runs in a process of its own under the same allocator settings (stock glibc returns large blocks to the system at
 every step, which costs both sides much time); it warms up once, runs three times, and the median counts. Where a figure
 can be checked (token ids, pixels, log-probabilities), the two sides must agree, else the run fails. "of ceiling" is our
-floating-point operations (or bytes of weights) over what a large matrix product (or copy) reaches in this run.
+floors over our seconds: the time in which a large matrix product of this run does our floating-point operations, and
+that in which a large copy moves what a decode step must read (weights, the prompts' keys and values once a row, each
+sample's own; floors.py), or a file's bytes.
 
 On CPU: about 100M parameters in Qwen3-VL's layout with its vocabulary, random weights, pictures of 448 x 448.
 On CUDA: the configuration of Qwen3-VL-2B with random weights, 1024 x 1024, all in bf16 (dpo_step too, so that
@@ -74,6 +76,7 @@ from bench_peers import (
 from dpo import sequence_logps
 from eval import load_task, make_item
 from eval import score as exact_match
+from floors import decode_bytes
 from loop.optimise import load_trainable, make_optimiser
 from loop.ranks import Ranks
 from loop.run import Run
@@ -149,8 +152,8 @@ def sampling(size: Size, folder: Path) -> Figures:
     def work() -> int:
         outs = generate(vlm, asked, n=size.samples, max_new_tokens=size.completion, temperature=0.7)
         return sum(len(c.token_ids) for row in outs for c in row)
-    weights = sum(p.nbytes for p in vlm.decoder.parameters()) * size.completion
-    figures = meter.run(work, 1, count_flops=True, bytes=weights, check=prompt_digest(vlm, asked))
+    must_read = decode_bytes(vlm, asked, size.samples, size.completion)
+    figures = meter.run(work, 1, count_flops=True, bytes=must_read, check=prompt_digest(vlm, asked))
     return figures | {"rate": meter.result / figures["seconds"]}
 
 
@@ -160,8 +163,9 @@ def scoring(size: Size, folder: Path) -> Figures:
 
     def ask(prompts: list[list[dict]]) -> list[Any]:
         return [c for [c] in generate(vlm, prompts, max_new_tokens=size.verdict, temperature=0)]
+    rubrics = rubric_chats(size)
     return meter.run(lambda: score_candidates(ask, asked, candidates), size.samples, count_flops=True,
-                     check=prompt_digest(vlm, rubric_chats(size)))
+                     bytes=decode_bytes(vlm, rubrics, 1, size.verdict), check=prompt_digest(vlm, rubrics))
 
 
 def scoring_logits(size: Size, folder: Path) -> Figures:
@@ -321,12 +325,18 @@ SIDES = {"checkpoint": checkpoint, "ceilings": ceilings, "dpo": dpo, "dpo_bf16":
 
 # ---- the program
 
-def child(side: str, job: str, size: str, folder: Path) -> Figures:
-    """Run one side of a job in a process of its own; what it prints last is its figures as JSON."""
+def child(side: str, job: str, size: str, folder: Path, samples: int | None = None, ranks: int = 1) -> Figures:
+    """Run one side of a job in a process of its own; what it prints last is its figures as JSON.
+
+    `samples` in place of the size's; with more than one of `ranks` torchrun starts that many, one thread each.
+    """
     tunables = ":".join(f"glibc.malloc.{setting}" for setting in ALLOCATOR.split())
     print(f"{side}: {job}", file=sys.stderr)
-    done = subprocess.run([sys.executable, __file__, "--side", side, job, size, str(folder)], capture_output=True,
-                          text=True, env=os.environ | {"GLIBC_TUNABLES": tunables, "HF_HUB_OFFLINE": "1"})
+    command = [__file__, "--side", side, job, size, str(folder), *(["--samples", str(samples)] if samples else [])]
+    if ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    environment = os.environ | {"GLIBC_TUNABLES": tunables, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{side} side of {job} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -346,10 +356,14 @@ def both_sides(job: str, size: str, folder: Path, absent: list[str]) -> tuple[Fi
 
 
 def share(ours: Figures, machine: Figures) -> float | None:
-    """Of what a matrix product or a copy reaches, whichever bounds the job more closely."""
-    shares = [ours[kind] / ours["seconds"] / machine[ceiling] for kind, ceiling in (
-        ("flops", ours["dtype"]), ("bytes", "copy")) if ours.get(kind)]
-    return max(shares, default=None)
+    """The floors, of operations at a matrix product's rate and of bytes at a copy's, over the seconds it took.
+
+    They are added, for operations bind one part of a job, its prompts, and bytes another, its decode steps.
+    """
+    floor = 0.0
+    for kind, ceiling in (("flops", ours["dtype"]), ("bytes", "copy")):
+        floor += ours.get(kind, 0) / machine[ceiling]
+    return floor / ours["seconds"] if floor else None
 
 
 def table(rows: list[dict[str, Any]], machine: Figures) -> str:
@@ -392,12 +406,14 @@ def main() -> int:
                         help="only these lines: " + ", ".join(line.name for line in LINES))
     parser.add_argument("--quick", action="store_true", help="toy sizes: does everything run?")
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        side, job, size, folder = args.side
+        side, job, name, folder = args.side
+        size = SIZES[name] if args.samples is None else replace(SIZES[name], samples=args.samples)
         if side == "peer" and not bench_peers.missing(["sampling"]):
             bench_peers.import_torchvision()
-        print(json.dumps((SIDES if side == "ours" else bench_peers.SIDES)[job](SIZES[size], Path(folder))))
+        print(json.dumps((SIDES if side == "ours" else bench_peers.SIDES)[job](size, Path(folder))))
         return 0
     if args.json and not args.json.resolve().parent.is_dir():
         parser.error(f"--json {args.json}: there is no such folder")

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from model import FAMILIES
 from model.settings import read_settings
+from pretended_cuda import taped_graphs
 from published import CONFIGS, qwen3_vl
 from verifier import rubric_chat
 
@@ -91,8 +92,8 @@ SIZES = {
 
 # ---- what both sides are given: a checkpoint, pictures, questions, completions
 
-def write_checkpoint(size: Size, folder: Path) -> None:
-    """A folder that load_vlm and transformers open: random weights that keep activations near 1, one token a byte."""
+def write_settings(size: Size, folder: Path) -> None:
+    """All of a checkpoint but its weights: one token a byte."""
     settings = {"config": size.config, "generation_config": {"eos_token_id": STOPS, "pad_token_id": 151643},
                 "preprocessor_config": {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16,
                                         "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.5] * 3,
@@ -109,6 +110,11 @@ def write_checkpoint(size: Size, folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(CONTROL)
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_checkpoint(size: Size, folder: Path) -> None:
+    """A folder that load_vlm and transformers open: random weights that keep activations near 1."""
+    write_settings(size, folder)
     generator = torch.Generator().manual_seed(0)
 
     def weight(name: str, shape: torch.Size) -> Tensor:
@@ -194,7 +200,8 @@ class Meter:
 
     def run(self, work: Callable[[], Any], count: float, count_flops: bool = False, **rest: Any) -> Figures:
         """Warm up, then the median time of `work`, which handles `count` things; `result` keeps what it returned.
-        "first_memory" is before later calls fragment the heap. Operations come last: their counter holds memory."""
+        "first_memory" is before later calls fragment the heap. Operations come last: their counter holds memory, and
+        does not see into a CUDA graph: meanwhile a graph is a tape of operators."""
         work()
         rest["first_memory"], seconds = self.growth(), []
         for _ in range(self.size.repeats):
@@ -203,7 +210,7 @@ class Meter:
             seconds.append(self.clock() - start)
         figures = self.figures(statistics.median(seconds), count, **rest)
         if count_flops:
-            with FlopCounterMode(display=False) as counter:
+            with taped_graphs(), FlopCounterMode(display=False) as counter:
                 work()
             figures["flops"] = counter.get_total_flops()
         return figures
