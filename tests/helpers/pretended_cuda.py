@@ -247,6 +247,18 @@ def rms_norm_backward(grad: Tensor, x: Tensor, shape: list[int], eps: float | No
     return [r * (grad - y * (grad * y).mean(-1, keepdim=True))]
 
 
+def weighted_norm(x: Tensor, weight: Tensor, shape: list[int], eps: float | None) -> Tensor:
+    return F.rms_norm(x, shape, weight, eps)
+
+
+def weighted_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, shape: list[int],
+                           eps: float | None) -> list[Tensor]:
+    """Of y w, y as in rms_norm: the gradients of x and of w."""
+    [grad_x] = rms_norm_backward(grad * weight, x, shape, eps)
+    y = rms_norm(x, shape, eps)
+    return [grad_x, (grad * y).flatten(0, -2).sum(0)]
+
+
 def fused(forward: Callable[..., Tensor], backward: Callable[..., list[Tensor]], arguments: str) -> None:
     """An operator for what is one kernel on CUDA and several operators on a CPU, and one for its backward pass.
 
@@ -341,3 +353,4 @@ SUBSTITUTES = {
     aten._flash_attention_backward.default: flash_backward,
     aten.mm.dtype: product_in,
 }
+fused(weighted_norm, weighted_norm_backward, "Tensor x, Tensor weight, int[] shape, float? eps")

@@ -345,8 +345,9 @@ class Functions(TorchFunctionMode):
     def rms_norm(self, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         if not isinstance(x, OnGPU):
             return F.rms_norm(x, shape, weight, eps)
-        assert weight is None, "the project's norms multiply by their weight themselves"
-        return FUSED.rms_norm(x, list(shape), eps)
+        if weight is None:
+            return FUSED.rms_norm(x, list(shape), eps)
+        return FUSED.weighted_norm(x, weight, list(shape), eps)
 
 
 # ---- what both use
