@@ -15,11 +15,13 @@ LOCK = ".lock"                                          # whose lock keeps other
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"                                # written when all else is
 LEFTOVERS = (                                           # of a process that was killed while it wrote
-    "checkpoints/.step-*", ".candidate.*", ".deploy.*", "*.json*.tmp", "pairs/*.json*.tmp")
+    "checkpoints/.step-*", ".candidate.*", ".deploy.*", "*.json*.tmp", "pairs/*.json*.tmp", "candidates/*.json*.tmp",
+    "report.html.*.tmp")
 # All that train.py and judge.py write, part by part of a path: files, and folders that hold a model.
 RUN_FILES = (
     "config.json", METRICS, SUMMARY, "gate_records.jsonl", "held_out.jsonl", "trained_on.jsonl", "pairs/*.jsonl",
-    "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", LOCK, "*.json*.tmp", "pairs/*.json*.tmp")
+    "candidates/*.jsonl", "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", LOCK, "*.json*.tmp",
+    "pairs/*.json*.tmp", "candidates/*.json*.tmp", "report.html", "report.html.*.tmp")
 MODEL_FOLDERS = ("deploy", "candidate", ".candidate.*", ".deploy.*")
 
 
