@@ -233,7 +233,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
         state.position = 0
         state.fresh = None
 
-    post_gate = deploy_gate(run, student, verifier, splits.held_out, reviewed, state)
+    post_gate = deploy_gate(run, student, verifier, splits, reviewed, state)
     return finish(run, state, splits, post_gate)                        # deploy/ on PROMOTE
 
 

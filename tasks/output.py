@@ -18,6 +18,7 @@ class Output:
     answers: Path
     responses: Path
     config: Path
+    page: Path
     lock: Path
     settings: dict[str, Any] = field(default_factory=dict)      # what the answers depend on
     held: Lock | None = None
@@ -25,7 +26,7 @@ class Output:
     @property
     def written(self) -> tuple[Path, ...]:
         """The files that an evaluation writes."""
-        return self.report, self.answers, self.responses, self.config, self.lock
+        return self.report, self.answers, self.responses, self.config, self.page, self.lock
 
     def check_unused(self) -> None:
         """ValueError where another process writes these files. It looks before a model is loaded, and holds nothing."""
@@ -80,4 +81,5 @@ def output_files(out: str | Path) -> Output:
         answers=folder / f"{start}answers.jsonl",
         responses=folder / f"{start}responses.jsonl",
         config=folder / f"{start}config.json",
+        page=folder / f"{start or 'report.'}html",
         lock=folder / f".{start}lock")

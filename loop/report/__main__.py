@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from loop.report.candidates import read_object
+from loop.report.judging import judge_page
 from loop.report.page import PAGE, Page, write_page
 from loop.report.training import load_items, training_page
 from tasks.endings import say, say_last, status_of
@@ -39,7 +40,10 @@ def page_of(folder: Path) -> Page:
     settings = read_object(folder / "config.json")
     if not settings:
         raise ValueError("it holds no config.json")
-    return training_page(folder, load_items(settings))
+    items = load_items(settings)
+    if "iterations" in settings:
+        return judge_page(folder, items)
+    return training_page(folder, items)
 
 
 if __name__ == "__main__":

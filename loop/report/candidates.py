@@ -27,6 +27,7 @@ class Candidates:
     where: str                                          # "round 2"
     correct: list[bool | None] = field(default_factory=list)    # by exact match, where it is known
     pair: tuple[int, int] | None = None                 # (chosen, rejected)
+    has_texts: bool = True                              # records may hold none: a number stands for each
 
     @property
     def margin(self) -> float:
@@ -83,7 +84,11 @@ def candidates_of_records(records: Sequence[Mapping[str, Any]], where: str) -> l
     by_item: dict[str, Candidates] = {}
     for record in records:
         each = by_item.setdefault(record["item"], Candidates(record["item"], [], [], where))
-        each.texts.append(record.get("text") or f"(candidate {len(each.texts) + 1}, its text is not in the records)")
+        text = record.get("text")
+        if text is None:
+            each.has_texts = False
+            text = str(len(each.texts))                 # as replay.label_pairs has it
+        each.texts.append(text)
         each.scores.append(record["score"])
         each.correct.append(record["correct"])
     return list(by_item.values())
@@ -164,7 +169,8 @@ def candidates_row(each: Candidates, item: Item | None) -> Row:
     answers = []
     for (text, score, correct), indices in merged.items():
         marked = [roles[index] for index in indices if index in roles]
-        answers.append(Answered(cut(text), correct=correct, score=score, scored=True, role=" ".join(marked),
+        shown = cut(text) if each.has_texts else f"(candidate {text}; the records hold no text)"
+        answers.append(Answered(shown, correct=correct, score=score, scored=True, role=" ".join(marked),
                                 count=len(indices)))
     answers.sort(key=lambda answer: (answer.score is None, -(answer.score or 0.0), answer.role != "chosen"))
 

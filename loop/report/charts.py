@@ -183,7 +183,8 @@ def intervals(title: str, figures: Mapping[str, Any], level: float | None = None
               tones: Mapping[str, str] | None = None, differences: Sequence[str] = ()) -> Intervals | None:
     """Figures ({"value", "low", "high", "n"}) by name on one axis, which holds 0 to 1; None if none is known.
 
-    `differences` are the names of those that are shown with their sign. A figure of n = 0 is left out.
+    `differences` are the names of those that are shown with their sign. A figure of n = 0 is left out; of one whose
+    interval is not known the point alone is drawn.
     """
     known = {}
     for name, figure in figures.items():
@@ -191,7 +192,8 @@ def intervals(title: str, figures: Mapping[str, Any], level: float | None = None
             known[name] = figure
     if not known:
         return None
-    shared = axis(min(0.0, *(figure["low"] for figure in known.values())), 1.0)
+    ends = [figure["low"] for figure in known.values() if figure["low"] is not None]
+    shared = axis(min([0.0, *ends]), 1.0)
 
     def percent(value: float) -> float:
         return round(100 * min(1.0, max(0.0, shared.share(value))), 2)
@@ -199,16 +201,17 @@ def intervals(title: str, figures: Mapping[str, Any], level: float | None = None
     rows = []
     for name, figure in known.items():
         form = "+.3f" if name in differences else ".3f"
-        start = percent(figure["low"])
-        rows.append(Interval(
-            name=name,
-            text=format(figure["value"], form),
-            note=f"[{figure['low']:{form}}, {figure['high']:{form}}]  n = {figure['n']:,}",
-            at=percent(figure["value"]),
-            start=start,
-            length=round(percent(figure["high"]) - start, 2),
-            tone=(tones or {}).get(name, ""),
-        ))
+        at = percent(figure["value"])
+        start = at
+        length = 0.0
+        told = "interval not known"
+        if figure["low"] is not None:
+            start = percent(figure["low"])
+            length = round(percent(figure["high"]) - start, 2)
+            told = f"[{figure['low']:{form}}, {figure['high']:{form}}]"
+        told += f"  n = {figure['n']:,}"
+        tone = (tones or {}).get(name, "")
+        rows.append(Interval(name, format(figure["value"], form), told, at, start, length, tone))
     marks = [(percent(tick), f"{tick:g}") for tick in shared.ticks]
     return Intervals(title, rows, marks, None if level is None else percent(level), caption)
 

@@ -90,6 +90,7 @@ class Page:
     tone: str                                           # of the whole: "good", "bad" or "plain"
     lead: str                                           # the outcome in a sentence or two
     sections: list[Section] = field(default_factory=list)
+    footer: str = "Figures with brackets are 95 % intervals. Right and wrong are by exact match with the task's answer."
 
 
 # ---- writing

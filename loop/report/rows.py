@@ -6,13 +6,13 @@ cut; what was left out is said. Nothing here is markup: the template escapes eve
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from markupsafe import escape
 from PIL import Image
 
 from tasks import Item
@@ -75,7 +75,7 @@ class Row:
         texts += [answer.text + answer.label for answer in self.answers]
         total = MARKUP_BYTES * (1 + len(self.answers) + len(self.pictures))
         total += sum(len(picture.source) for picture in self.pictures)
-        return total + sum(len(str(escape(text)).encode(errors="replace")) for text in texts)
+        return total + sum(len(html.escape(text).encode(errors="replace")) for text in texts)
 
 
 @dataclass(frozen=True)

@@ -19,30 +19,20 @@ from loop.report.candidates import (
     read_rows,
 )
 from loop.report.charts import Curve, Intervals, Panels, intervals, panel, read_log, smooth
+from loop.report.gating import DIFFERENCES, FIGURES, MEASURES_SAY, direction_by_margin
 from loop.report.page import PAGE, Notes, Page, Section, Table, Tile, Tiles, Verdict, Verdicts, leave_page
 from loop.report.rows import Answered, Room, Row, cut, fill, picture_views, question_of, truth_of
 from tasks import Item
 from tasks.endings import say
 from tasks.splits import Splits, by_id
 
-GATE_FIGURES = {                                        # of the gate before training: name -> how a page calls it
-    "rubric_accuracy": "verifier's agreement with exact match",
-    "baseline_accuracy": "mean correctness of the candidates",
-    "balanced_accuracy": "verifier's balanced accuracy",
-    "direction": "q, all pairs",
-    "direction_at_margin": "q from the margin tau on",
-    "own_answer_accuracy": "verifier's own answers",
-    "greedy_accuracy": "student's greedy answers",
-    "own_difference": "verifier less student",
-    "pick_lift": "best-scored less mean candidate",
-}
 AFTER_FIGURES = {                                       # of the gate after it
     "baseline_accuracy": "held out, frozen student",
     "final_accuracy": "held out, trained student",
     "difference": "held out, change",
 }
-DIFFERENCES = ("verifier less student", "best-scored less mean candidate", "held out, change")
 LN_2 = 0.6931
+DEMO_TASKS = ("bar", "red")                             # of a run that names none: the judge's demo
 
 
 # ---- reading the folder
@@ -51,7 +41,8 @@ def load_items(settings: Mapping[str, Any]) -> dict[str, Item]:
     """The task's items by id; none, and a sentence, where they cannot be read."""
     items = []
     try:
-        items += load_task(settings["task"], settings["data"], settings["split"])
+        for task in [settings["task"]] if settings["task"] else DEMO_TASKS:
+            items += load_task(task, settings["data"], settings["split"])
         if settings["train_split"]:
             items += load_task(settings["task"], settings["data"], settings["train_split"])
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -63,8 +54,8 @@ def load_items(settings: Mapping[str, Any]) -> dict[str, Item]:
 
 def leave_training_page(folder: Path, splits: Splits) -> None:
     """Write the page of a run that has ended, and name it."""
-    items = by_id([*splits.gate, *splits.held_out, *splits.train])
-    leave_page(folder / PAGE, lambda: training_page(folder, dict(items)))
+    items = dict(by_id(splits.all_items))
+    leave_page(folder / PAGE, lambda: training_page(folder, items))
 
 
 def training_page(folder: Path, items: Items) -> Page:
@@ -125,8 +116,6 @@ def training_sections(folder: Path, items: Items, room: Room, curves: bool = Tru
 
 CURVES_SAY = ("Greedy answers on the watch split by exact match, and the loss that is trained on. Dotted lines: a new "
               "round, new pairs.")
-MEASURES_SAY = ("Points with 95 % intervals. q is the share of mixed pairs (exactly one side right) whose chosen side "
-                "is the right one: above 1/2 training pushes towards right answers, below it towards wrong ones.")
 
 
 def verdicts(summary: Mapping[str, Any]) -> Verdicts | None:
@@ -209,20 +198,18 @@ def curve_panels(log: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], 
 def measured(summary: Mapping[str, Any]) -> list[Intervals | None]:
     """Both gates' figures on one axis; q by margin, and by round."""
     pre_gate = summary.get("pre_gate") or {}
-    figures = {label: pre_gate.get(name) for name, label in GATE_FIGURES.items()}
+    figures = {label: pre_gate.get(name) for name, label in FIGURES.items()}
     post_gate = summary.get("post_gate") or {}
     for name, label in AFTER_FIGURES.items():
         figures[label] = post_gate.get(name)
-    tones = {"held out, frozen student": "after", "held out, trained student": "after", "held out, change": "after"}
-    both = intervals("Both gates", figures, 0.5, "The line stands at 1/2. Blue: after training.", tones, DIFFERENCES)
+    tones = dict.fromkeys(AFTER_FIGURES.values(), "after")
+    both = intervals("Both gates", figures, 0.5, "The line stands at 1/2. Blue: after training.", tones,
+                     (*DIFFERENCES, AFTER_FIGURES["difference"]))
 
-    by_margin = {}
-    for row in pre_gate.get("direction_by_margin", []):
-        by_margin[f"margin at least {row['min_margin']:g}, {row['pairs']:,} pairs"] = row["direction"]
     by_round = {}
     for each in summary.get("rounds", []):
         by_round[f"round {each['round']}, {each['pairs']:,} pairs"] = each["direction"]
-    return [both, intervals("q by margin, before training", by_margin, 0.5),
+    return [both, direction_by_margin(pre_gate),
             intervals("q by round, of what was trained on", by_round, 0.5)]
 
 
