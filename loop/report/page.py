@@ -107,6 +107,7 @@ def render(page: Page) -> bytes:
         lstrip_blocks=True,
     )
     text = environment.get_template(TEMPLATE).render(page=page, tones=TONES)
+    text = text.lstrip()                                # the macros leave blank lines
     return text.encode(errors="replace")                # a response may hold half of a surrogate pair
 
 
