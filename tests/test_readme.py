@@ -38,7 +38,7 @@ PROGRAMS = {
     "tests/evidence/evidence.py": ("tests/evidence", "evidence", "main"),
     "tests/helpers/compare_layers.py": ("tests/helpers", "compare_layers", "main"),
 }
-WITHOUT_FLAGS = {"-m loop.demo"}
+WITHOUT_FLAGS = {"-m loop.demo", "-m loop.report"}
 TORCHRUN = ("--standalone", "--nproc-per-node")
 COMMAND = re.compile(r"\b(?:python|torchrun(?: --standalone)? --nproc-per-node \w+) (-m [\w.]+|[\w/]+\.py)([^`\n#&;]*)")
 PYTEST = re.compile(r"(?:^|`|&& )(?:DEVICE=cpu )?pytest\b([^`\n#]*)", re.MULTILINE)
