@@ -9,8 +9,9 @@
 
 Judges (vl_rewardbench, mm_rewardbench, pairs in a JSON lines file) see every pair in both orders. --out is a folder,
 or a file X.json for the report with the others beside it: responses.jsonl, written as the model answers and reread
-after an interruption; answers.jsonl, what was asked, answered, extracted and judged; report.json. Scoring answers from
-elsewhere needs no torch. Exit status: 0 done; 2 what the caller can mend (a flag, or what it names); 1 anything else.
+after an interruption; answers.jsonl, what was asked, answered, extracted and judged; report.json, and report.html to
+look at. Scoring answers from elsewhere needs no torch. Exit status: 0 done; 2 what the caller can mend (a flag, or what
+it names); 1 anything else.
 """
 from __future__ import annotations
 
@@ -88,11 +89,12 @@ class Answer:
 def main(argv: list[str] | None = None) -> int:
     """Export, or score answers from elsewhere, or ask a model and score what it says; returns the exit status."""
     cfg = parse_flags(Config, __doc__, argv)
+    out = None
     try:
         if cfg.export:
             export(cfg)
         elif cfg.responses:
-            score_responses(cfg)
+            items, out = score_responses(cfg)
         else:
             items = load_scorable(cfg)
             out = planned_output(cfg)
@@ -105,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
                 out.reopen()                        # not before: what is wrong with the model leaves nothing on disk
                 completions = ask(model.items, model.greedy, out, model.at_once, model.prepare)
             finish(items, with_unasked(items, model.items, completions, TOO_LONG), out)
+        if out:
+            from loop.report.evaluating import leave_eval_page
+            leave_eval_page(out, items)
     except EXPECTED as error:
         return end("eval.py", error)
     return 0
@@ -118,20 +123,22 @@ def export(cfg: Config) -> None:
     say(f"{jsonl.export_items(items, path)} items written to {cfg.export}")
 
 
-def score_responses(cfg: Config) -> None:
-    """Score the answers in --responses; without --out, the table is all that comes of it."""
+def score_responses(cfg: Config) -> tuple[list[Item], Output | None]:
+    """Score the answers in --responses; without --out, the table is all that comes of it. Returns the items, and where
+    the results are."""
     out = None
     if cfg.out:
         out = output_files(cfg.out)
-        check_outputs(cfg, out.report, out.answers)
+        check_outputs(cfg, out.report, out.answers, out.page)
     items = load_scorable(cfg)
     log = read_log(cfg.responses, [item for item in items if not jsonl.is_swapped(item)])
     if log:
         log.check_complete()
         say("\n".join([*log.notes(), ""]))
         finish(log.items, log.judged_responses, out, log)
-    else:
-        finish(items, jsonl.answers_from_elsewhere(cfg.responses, items, others=cfg.limit is not None), out)
+        return log.items, out
+    finish(items, jsonl.answers_from_elsewhere(cfg.responses, items, others=cfg.limit is not None), out)
+    return items, out
 
 
 def finish(items: Sequence[Item], completions: Sequence[Response], out: Output | None, log: Log | None = None) -> None:

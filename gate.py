@@ -319,8 +319,7 @@ def _sum_clusters(names: Iterable[str], counts: Iterable[tuple[int, int]]) -> li
 
 def _own_difference(rows: Sequence[Sequence[Record]], names: Sequence[str],
                     mean_accuracy: Sequence[float]) -> Figure:
-    """The verifier's own accuracy minus the student's greedy one, paired; where no greedy answer is
-    known, minus its candidates'."""
+    """The verifier's accuracy minus the student's greedy one, or else its candidates', paired."""
     greedy: Sequence[float | None] = [row[0].get("greedy_correct") for row in rows]
     if set(greedy) == {None}:
         greedy = mean_accuracy
@@ -390,8 +389,7 @@ class Decision:
 
 def decide_before(measures: Measures, rule: str = "ours",
                   min_direction: float = MIN_DIRECTION) -> Decision:
-    """The rule "ours" above, or "paper", the published one alone. What is not known blocks nothing,
-    but the reasons say so."""
+    """The rule "ours" above, or "paper" alone. What is not known blocks nothing; reasons say so."""
     assert rule in ("ours", "paper"), rule
     checks = [_check_agreement(measures)]
     if rule == "ours":
@@ -611,10 +609,8 @@ def print_reports(reports: dict[str, Report], advice: Report) -> None:
         cells = [f"{format_figure(report.get(name)):20}" for name in figures]
         cells += [f"{form.format(report[name]):>19}" for name, form in costs.items()]
         lines.append("  ".join([f"{report['verdict']:7}", *cells, verifier]))
-    for verifier, report in order:
-        lines.append("\n  - ".join([f"\n{verifier}", *report["reasons"]]))
-    if advice:
-        lines.append(f"\n{advice['recommendation']}")
+    lines += ["\n  - ".join([f"\n{verifier}", *report["reasons"]]) for verifier, report in order]
+    lines += [f"\n{advice['recommendation']}"] if advice else []
     try:
         print("\n".join(lines), flush=True)
     except OSError:                                 # `| head`, or a full disk: the rest is lost
@@ -656,7 +652,9 @@ def main(argv: list[str] | None = None) -> int:
     from replay import read_records
     parser = build_parser()
     unknown = "unrecognized arguments"
+    leave_page: Any = None                          # beside a copy of this file there is no page
     try:                                            # what lies above this file is imported here
+        from loop.report.gating import leave_gate_page as leave_page
         from loop.survey_flags import SurveyConfig
         from tasks.flags import add_flags
         add_flags(parser, SurveyConfig)
@@ -670,16 +668,16 @@ def main(argv: list[str] | None = None) -> int:
         cfg = Config(**{name: given.pop(name) for name in vars(Config()) if name in given})
         if bool(cfg.records) == bool(given):
             raise ValueError("give --records, or --verifier, --task and --student or --candidates")
+        shown: Any = ({path: read_records(path) for path in cfg.records}, ())  # records, and items
         if given:
             questions = SurveyConfig(**given)       # checked before torch takes its seconds
             from loop.survey import survey_and_judge
             from tasks.lock import take_lock
             _lock = take_lock(Path(f"{cfg.out}.lock"), cfg.out)     # until main() returns
-            advice, reports = survey_and_judge(questions, cfg, judge)
+            advice, reports, shown = survey_and_judge(questions, cfg, judge)
         else:
-            advice, reports = judge(cfg, {path: read_records(path) for path in cfg.records})
-        [*_, last] = reports.values()
-        whole = advice | ({"verifiers": reports} if len(reports) > 1 else last)
+            advice, reports = judge(cfg, shown[0])
+        whole = advice | ({"verifiers": reports} if len(reports) > 1 else [*reports.values()][-1])
         aside = Path(f"{cfg.out}.{os.getpid()}.tmp")    # renamed: --out is never half-written
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -690,6 +688,8 @@ def main(argv: list[str] | None = None) -> int:
     except ENDS as error:
         return end(error)
     print_reports(reports, advice)
+    if leave_page:
+        leave_page(cfg.out, whole, *shown)
     passed = any(report["verdict"] == "PASS" for report in reports.values())
     return 0 if passed and advice.get("recommended", True) else 3
 

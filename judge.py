@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from loop.alter import alter_chat
+from loop.card import write_judge_card
 from loop.demo import replaced
 from loop.disk import check_disk
 from loop.flags import TrainingFlags
@@ -50,11 +51,13 @@ from loop.judge_figures import (
 )
 from loop.judge_model import GREEDY, Sampling, alter_responses, ask_judge, completion_logps
 from loop.judge_splits import load_judge_splits
-from loop.judgments import BothOrders, Judgment, balanced, judge_pairs, kept_judgments
+from loop.judgments import BothOrders, Judgment, balanced, judge_pairs, kept_judgments, shuffled_batches
 from loop.optimise import load_trainable, load_training_state, make_optimiser, optimiser_step, training_state
 from loop.ranks import Interrupted, Ranks, exit_status
+from loop.report.judging import leave_judge_page
 from loop.run import Run, state_fields
 from loop.saved import check_tokens, check_training_state, rebuild
+from loop.speed import PREPROCESSING, StepClock
 from loop.synthetic_pairs import (
     SyntheticPair,
     altered_pair,
@@ -165,12 +168,14 @@ def main(cfg: Config, ranks: Ranks) -> int:
             break
 
         # Train. The last step ends the iteration: its judge is evaluated, and deployed if it is the best so far.
-        batches = iteration_batches(cfg, state.examples, number)
+        batches = shuffled_batches(state.examples, cfg.epochs, cfg.batch_size, iteration_seed(cfg, number - 1))
         for batch in batches[state.position:]:
             state.step += 1
             state.position += 1
+            clock = StepClock(ranks)
             metrics = train_step(run, vlm, optimiser, batch, splits.by_id, state.position, len(batches))
             row = {"step": state.step, "iteration": number, **metrics, "judgments": len(batch)}
+            row |= clock.figures(judgments=len(batch))
 
             ended = state.position == len(batches)
             if ended:
@@ -178,7 +183,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
                 state = close_iteration(state, figures)
                 run.say(table({number: state.iterations[-1]}))
                 if state.best == number:
-                    deploy(run, vlm)
+                    deploy(run, vlm, state, splits)
                 row |= logged_values(state.iterations[-1])
             run.log(row)
 
@@ -188,7 +193,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             if stop:
                 raise Interrupted
 
-    return finish(run, state, answers_known)
+    return finish(run, state, splits, answers_known)
 
 
 def is_finished(cfg: Config, state: State) -> bool:
@@ -306,19 +311,6 @@ def choose_examples(cfg: Config, judged: Sequence[BothOrders], number: int) -> l
     return random.Random(seed).sample(kept, count)
 
 
-def iteration_batches(cfg: Config, examples: Sequence[Judgment], number: int) -> list[list[Judgment]]:
-    """The batches of iteration `number`, every epoch in another order; the same again after a resume."""
-    rng = random.Random(iteration_seed(cfg, number - 1))
-    order = []
-    for _ in range(cfg.epochs):
-        order += rng.sample(examples, len(examples))
-
-    batches = []
-    for start in range(0, len(order), cfg.batch_size):
-        batches.append(order[start:start + cfg.batch_size])
-    return batches
-
-
 def train_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequence[Judgment],
                items: dict[str, Item], step: int, planned: int) -> dict[str, float]:
     """One step of supervised fine-tuning, the iteration's `step` of `planned`; returns its metrics.
@@ -328,9 +320,10 @@ def train_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequ
     """
     def loss(part: Sequence[Judgment]) -> tuple[Tensor, dict[str, Tensor]]:
         chats = []
-        for judgment in part:
-            question = items[judgment.item_id].lazy_chat()
-            chats.append(comparison_chat(question, judgment.first, judgment.second))
+        with PREPROCESSING:
+            for judgment in part:
+                question = items[judgment.item_id].lazy_chat()
+                chats.append(comparison_chat(question, judgment.first, judgment.second))
         completions = [judgment.token_ids for judgment in part]
         logps = completion_logps(vlm, chats, completions)                                  # (B,)
 
@@ -372,16 +365,20 @@ def untrained_iteration(state: State) -> IterationFigures:
     return {**latest, **state.judged}
 
 
-def deploy(run: Run, vlm: VLM) -> None:
-    """Put the judge into deploy/, in place of an earlier iteration's."""
+def deploy(run: Run, vlm: VLM, state: State, splits: Splits) -> None:
+    """Put the judge into deploy/ with its model card, in place of an earlier iteration's."""
     candidate = run.save_candidate(vlm)
+    if run.ranks.first:
+        write_judge_card(candidate, run.cfg, run.folder, run.ranks.world, splits.all_items, state.initial,
+                         state.iterations[-1])
     run.deploy_or_discard(candidate, keep=True)
 
 
 # ---- the end; checkpoints
 
-def finish(run: Run, state: State, answers_known: bool) -> int:
-    """Write summary.json, print the table; returns 0, or 3 where no iteration was better than the first judge."""
+def finish(run: Run, state: State, splits: Splits, answers_known: bool) -> int:
+    """Write summary.json, print the table, leave a page; returns 0, or 3 where no iteration was better than the first
+    judge."""
     run.write("summary.json", {
         "task": run.cfg.task,
         "pairs": run.cfg.pairs,
@@ -394,11 +391,13 @@ def finish(run: Run, state: State, answers_known: bool) -> int:
     rows = [state.initial, *state.iterations]
     run.say("\n" + table(dict(enumerate(rows))))
 
-    if not state.best:
+    if state.best:
+        run.say(f"deployed: iteration {state.best}, {run.folder / 'deploy'}")
+    else:
         run.say("no iteration is better than the judge that it started from: nothing is deployed")
-        return 3
-    run.say(f"deployed: iteration {state.best}, {run.folder / 'deploy'}")
-    return 0
+    if run.ranks.first:
+        leave_judge_page(run.folder, splits)
+    return 0 if state.best else 3
 
 
 def save(run: Run, state: State, vlm: VLM, optimiser: torch.optim.Optimizer) -> None:

@@ -49,9 +49,11 @@ from loop.pair_files import complete_pairs
 from loop.pilot import LoopSteps
 from loop.probe import probe
 from loop.ranks import Interrupted, Ranks, exit_status
-from loop.rounds import count_round, pair_directions, write_round
+from loop.report.training import leave_training_page
+from loop.rounds import count_round, pair_directions, write_candidates, write_round
 from loop.run import Run
 from loop.served import Asked
+from loop.speed import PREPROCESSING, StepClock
 from loop.state import State, restore, save
 from loop.survey import draw_items
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
@@ -166,7 +168,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
     if state.pre_gate is None and not cfg.pairs:
         state.pre_gate = gate_before(run, student, verifier, splits, loop)
         if state.pre_gate["verdict"] == "BLOCK" and not cfg.force:
-            return finish(run, state, None)                             # exit 3, nothing trained
+            return finish(run, state, splits, None)                     # exit 3, nothing trained
     if state.frozen_held_out is None:
         state.frozen_held_out = greedy_answers(run, student, splits.held_out, "frozen, held out")
         state.frozen_reviewed = greedy_answers(run, student, reviewed, "frozen, trained on")
@@ -176,14 +178,14 @@ def main(cfg: Config, ranks: Ranks) -> int:
         save(run, state, student, optimiser, replay)
 
     if cfg.stops_on_regression and state.warnings:                      # a resumed run had stopped
-        return finish(run, state, state.regression)
+        return finish(run, state, splits, state.regression)
 
     while state.round < cfg.rounds:
         if state.fresh is None:
             if state.round > 0 and cfg.probe_items:
                 probe(run, student, verifier, splits.gate, state, loop)
                 if cfg.stops_on_regression and state.warnings:
-                    return finish(run, state, state.regression)
+                    return finish(run, state, splits, state.regression)
             items = round_items(cfg, splits.train, state.round)
             if cfg.pairs:
                 pairs, counts = existing_pairs.take(run, student, items, state.round + 1)
@@ -202,9 +204,11 @@ def main(cfg: Config, ranks: Ranks) -> int:
         for pairs in batches[state.position:]:
             state.step += 1
             state.position += 1
+            clock = StepClock(ranks)
             metrics = train_step(run, student, optimiser, pairs, splits.by_id, state.step)
             state.losses.append(metrics["loss"])
             row = {"step": state.step, "round": state.round + 1, **metrics, "pairs": len(pairs)}
+            row |= clock.figures(sum(pair.row_tokens for pair in pairs), pairs=len(pairs))
 
             last = state.position == len(batches)
             if last or state.step % cfg.eval_every == 0:
@@ -221,7 +225,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             if interrupted:
                 raise Interrupted
             if regressed:
-                return finish(run, state, state.regression)
+                return finish(run, state, splits, state.regression)
 
         state.round += 1
         state.position = 0
@@ -229,8 +233,8 @@ def main(cfg: Config, ranks: Ranks) -> int:
 
     if not cfg.evaluate:
         return existing_pairs.finish(run, state, student)               # no gate, no deploy/
-    post_gate = deploy_gate(run, student, verifier, splits.held_out, reviewed, state)
-    return finish(run, state, post_gate)                                # deploy/ on PROMOTE
+    post_gate = deploy_gate(run, student, verifier, splits, reviewed, state)
+    return finish(run, state, splits, post_gate)                        # deploy/ on PROMOTE
 
 
 # ---- before the loop
@@ -302,6 +306,7 @@ def make_pairs(run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Co
     counts = count_round(pairs, refused, candidates, scores, run.cfg.min_margin)
     skipped = len(fresh_pairs(run.cfg, pairs)) < run.cfg.min_pairs
 
+    write_candidates(run, number, items, candidates, scores)
     write_round(run, number, pairs, items, counts, skipped)
     if skipped:
         pairs = []
@@ -316,8 +321,9 @@ def pair_logps(vlm: VLM, pairs: Sequence[Pair],
 
     The log-probabilities are sums over a side's tokens in nats, fp32, (B,) each.
     """
-    triples = [(by_id[pair.item_id].lazy_chat(), pair.chosen, pair.rejected) for pair in pairs]
-    rows = pack_pairs(vlm.processor, triples).to(vlm.device)
+    with PREPROCESSING:
+        triples = [(by_id[pair.item_id].lazy_chat(), pair.chosen, pair.rejected) for pair in pairs]
+        rows = pack_pairs(vlm.processor, triples).to(vlm.device)
     chosen, rejected = row_logps(vlm, rows).chunk(2)
     return rows, chosen, rejected
 
@@ -403,16 +409,18 @@ def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],
 
 # ---- the end, the command line
 
-def finish(run: Run, state: State, post_gate: dict[str, Any] | None) -> int:
-    """Write summary.json, say the outcome, return the exit status."""
+def finish(run: Run, state: State, splits: Splits, post_gate: dict[str, Any] | None) -> int:
+    """Write summary.json, say the outcome, leave a page to look at; return the exit status."""
     run.write("summary.json", state.summary(run.cfg.task, post_gate) | failed_requests(run))
     if post_gate is None:
         run.say("nothing was trained; --force trains all the same")
-        return 3
-    if "difference" not in post_gate:
-        run.say("stopped on regression; --no-stop-on-regression goes on to the end")
-    run.say_all(f"gate after training: {post_gate['verdict']}", post_gate["reasons"])
-    return 0 if post_gate["verdict"] == "PROMOTE" else 3
+    else:
+        if "difference" not in post_gate:
+            run.say("stopped on regression; --no-stop-on-regression goes on to the end")
+        run.say_all(f"gate after training: {post_gate['verdict']}", post_gate["reasons"])
+    if run.ranks.first:
+        leave_training_page(run.folder, splits)
+    return 0 if post_gate and post_gate["verdict"] == "PROMOTE" else 3
 
 
 def cli() -> int:

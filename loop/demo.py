@@ -1,25 +1,29 @@
-"""The demo: one task that the verifier understands, one that it does not; its table and its picture.
+"""The demo: one task that the verifier understands, one that it does not; its table and its page.
 
-    python -m loop.demo runs/demo           print both again from a finished demo
+    python -m loop.demo runs/demo           make both again from a finished demo
 """
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loop.flags import TrainingFlags
 from loop.ranks import Ranks
+from loop.report.candidates import read_object, read_rows
+from loop.report.charts import Panels
+from loop.report.page import PAGE, Page, Section, Table, leave_page
+from loop.report.rows import Room
+from loop.report.training import CURVES_SAY, curve_panels, load_items, training_sections
 from loop.run import first_or_none
 from loop.run_files import LOCK, METRICS, SUMMARY, foreign_file, run_patterns
 from model.settings import read_settings
-from tasks.endings import say, say_last, status_of
+from tasks.endings import say, say_last
 from tasks.lock import Lock, take_lock
 
 EXPECTED = {"bar": ("PASS", "PROMOTE"), "red": ("BLOCK", "REJECT")}     # task -> gate before, gate after
@@ -28,12 +32,10 @@ MEANINGS = {                                            # of what the gate after
     "REJECT": "The trained student is not shown to answer better, whatever its loss did, so nothing is deployed.",
     None: "The gate before training stopped the run, so nothing was trained.",
 }
-REPORT_FILES = ("demo.png", "demo.txt")
+REPORT_FILES = (PAGE, f"{PAGE}.*.tmp", "demo.png", "demo.txt")      # the last two: of a demo of earlier versions
 TITLES = {"bar": "the verifier understands it", "red": "the verifier does not understand it"}
-SMOOTHED = 5                                            # steps that a point of the loss curve is the mean of
 
 C = TypeVar("C", bound=TrainingFlags)
-Points = list[tuple[int, float]]                        # (step, value)
 
 
 # ---- running
@@ -117,17 +119,12 @@ def settle(folder: Path, earlier: Path, runs: Sequence[str]) -> None:
 # ---- the report
 
 def report(folder: Path) -> int:
-    """Print the table, draw the picture, say what happened; 0 if both tasks went as EXPECTED, else 1."""
-    summaries = {}
-    curves = {}
-    for task in EXPECTED:
-        summaries[task] = read_settings(folder / task, SUMMARY)
-        curves[task] = read_curves(folder / task / METRICS)
-
+    """Print the table, say what happened, leave the page; 0 if both tasks went as EXPECTED, else 1."""
+    summaries = {task: read_settings(folder / task, SUMMARY) for task in EXPECTED}
     say("\n" + table(summaries))
-    picture = draw(curves, folder)
-    say(f"picture: {picture}")
-    say("\n" + conclusion(summaries, folder, picture))
+    say("\n" + "\n".join(conclusion(summaries)))
+    say(f"Both runs are in {folder}. `python -m loop.demo {folder}` says all this again.")
+    leave_page(folder / PAGE, lambda: demo_page(folder, summaries))
     verdicts = {task: gate_verdicts(summary) for task, summary in summaries.items()}
     return 0 if verdicts == EXPECTED else 1
 
@@ -138,8 +135,8 @@ def gate_verdicts(summary: Mapping[str, Any]) -> tuple[str, str | None]:
     return summary["pre_gate"]["verdict"], post_gate.get("verdict")
 
 
-def conclusion(summaries: Mapping[str, dict[str, Any]], folder: Path, picture: Path) -> str:
-    """What just happened, in words: each task's verdicts and what they mean, and where to read on."""
+def conclusion(summaries: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What just happened, in words: a head, then each task's verdicts and what they mean."""
     lines = []
     as_expected = []
     for task, summary in summaries.items():
@@ -155,8 +152,7 @@ def conclusion(summaries: Mapping[str, dict[str, Any]], folder: Path, picture: P
     head = "Both tasks went as they should:"
     if not all(as_expected):
         head = f"{as_expected.count(False)} of {len(as_expected)} tasks did not go as they should:"
-    places = f"Both runs are in {folder}, the picture is {picture}. `python -m loop.demo {folder}` says all this again."
-    return "\n".join([head, *lines, places])
+    return [head, *lines]
 
 
 # ---- the table
@@ -165,9 +161,9 @@ HEAD = ("task", "frozen baseline", "agreement", "(candidates)", "own answers", "
         "gate before", "loss first", "last", "final accuracy", "gate after")
 
 
-def table(summaries: Mapping[str, dict[str, Any]]) -> str:
+def table_rows(summaries: Mapping[str, dict[str, Any]]) -> list[Sequence[str]]:
     """One row a task: what was measured before, what the loss did, what was measured after."""
-    rows = [HEAD]
+    rows = []
     for task, summary in summaries.items():
         before = summary["pre_gate"]
         after = summary["post_gate"] or {}
@@ -185,7 +181,12 @@ def table(summaries: Mapping[str, dict[str, Any]]) -> str:
             decimals(summary["final_accuracy"]),
             after.get("verdict", "-"),
         ))
+    return rows
 
+
+def table(summaries: Mapping[str, dict[str, Any]]) -> str:
+    """The table as text."""
+    rows = [HEAD, *table_rows(summaries)]
     columns = zip(*rows, strict=True)
     widths = [max(len(cell) for cell in column) for column in columns]
     lines = []
@@ -201,116 +202,46 @@ def decimals(figure: dict[str, Any] | float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-# ---- the picture
+# ---- the page
 
-@dataclass
-class Curves:
-    """What metrics.jsonl holds of a run that is drawn."""
-    loss: Points
-    accuracy: Points                                    # on the watch split
-    round_starts: list[int]                             # the first step of each round
+def demo_page(folder: Path, summaries: Mapping[str, dict[str, Any]]) -> Page:
+    """One page over both tasks: the table, the curves beside each other, then all of each run."""
+    head, *told = conclusion(summaries)
+    as_expected = head.startswith("Both")
+    lead = head.removesuffix(":") + "."
+    if as_expected:
+        lead += (" Where the verifier understands the task the student improves; where it does not, the loss falls all "
+                 "the same while the answers get worse.")
+    accuracies = []
+    losses = []
+    parts = []
+    for task, words in zip(summaries, told, strict=True):
+        settings = read_object(folder / task / "config.json")
+        panels = curve_panels(read_rows(folder / task / METRICS), settings, f"{task}:").panels
+        accuracies += panels[:1]
+        losses += panels[1:]
+        items = load_items(settings) if settings else {}
+        parts.append(Section(f"{task}: {TITLES[task]}", words.removeprefix("- "), level=1))
+        parts += training_sections(folder / task, items, Room().shared(len(summaries)), curves=False)
 
-
-def read_curves(path: Path) -> Curves:
-    """The curves of a run; empty ones where a gate said no and nothing was trained."""
-    curves = Curves([], [], [])
-    if not path.is_file():
-        return curves
-
-    rounds = set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if "loss" in row:
-            curves.loss.append((row["step"], row["loss"]))
-        if "eval/accuracy" in row:
-            curves.accuracy.append((row["step"], row["eval/accuracy"]))
-        if "round" in row and row["round"] not in rounds:
-            rounds.add(row["round"])
-            curves.round_starts.append(row["step"])
-    return curves
-
-
-def draw(curves: Mapping[str, Curves], folder: Path) -> Path:
-    """demo.png with matplotlib where it is installed, else demo.txt, which is printed as well."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        text = "\n\n".join(text_plot(task, lines) for task, lines in curves.items())
-        say(f"\n{text}\n(pip install matplotlib draws this as a picture)")
-        path = folder / "demo.txt"
-        path.write_text(text + "\n", encoding="utf-8")
-        return path
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(10, 3.8), sharey=True)
-    for panel, (task, lines) in zip(panels, curves.items(), strict=True):
-        right = panel.twinx()
-        panel.plot(*columns(smooth(lines.loss)), color="grey", label=f"DPO loss (mean of {SMOOTHED} steps)")
-        right.plot(*columns(lines.accuracy), marker="o", color="tab:blue", label="watched accuracy")
-        for step in lines.round_starts[1:]:
-            panel.axvline(step, color="lightgrey", linestyle=":")
-
-        panel.set_title(f"{task}: {TITLES[task]}")
-        panel.set(xlabel="step (dotted: a new round, new pairs)", ylabel="loss")
-        right.set_ylabel("accuracy")
-        right.set_ylim(0, 1)
-
-    legend = [axis.get_legend_handles_labels()[0][0] for axis in (panel, right)]
-    figure.legend(handles=legend, loc="lower center", ncol=2, frameon=False)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    path = folder / "demo.png"
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def columns(points: Points) -> tuple[list[int], list[float]]:
-    """Steps and values of a curve."""
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def smooth(points: Points, width: int = SMOOTHED) -> Points:
-    """The running mean of the last `width` values, of fewer at the beginning."""
-    smoothed = []
-    for end, (step, _) in enumerate(points, 1):
-        window = points[max(0, end - width):end]
-        total = sum(value for _, value in window)
-        smoothed.append((step, total / len(window)))
-    return smoothed
-
-
-def text_plot(task: str, lines: Curves, width: int = 60, height: int = 12) -> str:
-    """Both curves in characters, each from its lowest to its highest value: l the loss, A the accuracy."""
-    named = [("l", "DPO loss", smooth(lines.loss)), ("A", "accuracy", lines.accuracy)]
-    steps = [step for step, _ in lines.loss + lines.accuracy]
-    last_step = max(steps, default=0) or 1
-
-    grid = [[" "] * width for _ in range(height)]
-    notes = []
-    for mark, name, points in named:
-        if not points:                                  # every round was skipped: there is no loss
-            continue
-        values = [value for _, value in points]
-        low = min(values)
-        high = max(values)
-        spread = (high - low) or 1
-        for step, value in points:
-            row = round((high - value) / spread * (height - 1))
-            column = round(step / last_step * (width - 1))
-            grid[row][column] = mark
-        notes.append(f"{mark} {name} {values[0]:.3f} -> {values[-1]:.3f} (drawn from {low:.3f} to {high:.3f})")
-
-    drawn = ["|" + "".join(row) for row in grid]
-    return "\n".join([task, *drawn, "+" + "-" * width, *notes])
+    table_block = Table(HEAD, table_rows(summaries))
+    return Page(
+        title="Verifier-guided DPO: one task works, one fails silently",
+        program=f"train.py, the demo, {folder}",
+        tone="good" if as_expected else "bad",
+        lead=lead,
+        sections=[
+            Section("Both tasks", blocks=[table_block]),
+            Section("What the loss hides", CURVES_SAY, [Panels(accuracies + losses, "")]),
+            *parts,
+        ],
+    )
 
 
 def main(folder: str = "runs/demo") -> int:
     """Print a finished demo's report again; returns the exit status."""
     try:
         return report(Path(folder))
-    except OSError as error:                            # the picture cannot be written
-        say_last("loop.demo", str(error))
-        return status_of(error)
     except (ValueError, LookupError, TypeError, AttributeError) as error:       # its files hold something else
         say_last("loop.demo", f"{folder} is not a finished demo: {error}")
         return 2

@@ -8,6 +8,7 @@ from typing import Any
 from eval import score as exact_match
 from gate import Decision, Measures, decide_before, gate_after, measure
 from loop.asking import greedy_answers, greedy_completions
+from loop.card import write_student_card
 from loop.loading import frozen
 from loop.pilot import LoopSteps, Scored, run_pilot
 from loop.run import Run
@@ -91,12 +92,13 @@ def with_pilot(decision: Decision, holds: bool, reason: str) -> tuple[str, list[
 
 # ---- after training
 
-def deploy_gate(run: Run, student: VLM, verifier: Asked, held_out: Sequence[Item], reviewed: Sequence[Item],
+def deploy_gate(run: Run, student: VLM, verifier: Asked, splits: Splits, reviewed: Sequence[Item],
                 state: State) -> dict[str, Any]:
-    """Compare the student as it would be deployed with its frozen self; deploy it on PROMOTE.
+    """Compare the student as it would be deployed with its frozen self; deploy it on PROMOTE, with a model card.
 
     It is saved first, in the dtype of the files it came from, and what was saved is evaluated.
     """
+    held_out = splits.held_out
     candidate = run.save_candidate(student)
     deployed = frozen(load_vlm(candidate, run.ranks.device, student.dtype), run.cfg)
 
@@ -116,11 +118,15 @@ def deploy_gate(run: Run, student: VLM, verifier: Asked, held_out: Sequence[Item
         trained_on=(reviewed, (state.frozen_reviewed, seen)),
         verdict=run.cfg.verdict,
     )
-    run.deploy_or_discard(candidate, keep=decision.verdict == "PROMOTE")
-
     why = explanation.pop("reasons")
     reasons = decision.reasons + why if decision.verdict == "REJECT" else decision.reasons
-    return {"verdict": decision.verdict, "reasons": reasons, **decision.measures, **explanation}
+    report = {"verdict": decision.verdict, "reasons": reasons, **decision.measures, **explanation}
+
+    promoted = decision.verdict == "PROMOTE"
+    if promoted and run.ranks.first:
+        write_student_card(candidate, run.cfg, run.folder, run.ranks.world, splits.all_items, state.pre_gate, report)
+    run.deploy_or_discard(candidate, keep=promoted)
+    return report
 
 
 def picture_clusters(items: Sequence[Item]) -> list[str] | None:

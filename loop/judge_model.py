@@ -15,6 +15,7 @@ from loop.asking import begin_pictures
 from loop.judgments import BothOrders, judge_pairs
 from loop.optimise import row_logps
 from loop.run import Run
+from loop.speed import PREPROCESSING
 from loop.synthetic_pairs import SyntheticPair, altered_pair
 from model import Completion, generate
 from model.pairs import pack_completions
@@ -91,5 +92,6 @@ def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
 def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence[int]]) -> Tensor:
     """Summed log-probability (B,) of B completions, each given its chat; the prompt's tokens do not count."""
     examples = list(zip(chats, completions, strict=True))
-    rows = pack_completions(vlm.processor, examples).to(vlm.device)
+    with PREPROCESSING:
+        rows = pack_completions(vlm.processor, examples).to(vlm.device)
     return row_logps(vlm, rows)

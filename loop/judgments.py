@@ -99,3 +99,16 @@ def balanced(judgments: Sequence[Judgment], seed: int, most: int = sys.maxsize) 
     drawn = rng.sample(numbers[1], count)
     drawn += rng.sample(numbers[2], count)
     return [judgments[number] for number in sorted(drawn)]
+
+
+def shuffled_batches(examples: Sequence[Judgment], epochs: int, size: int, seed: int) -> list[list[Judgment]]:
+    """Batches of `size` over `epochs` passes, each in another order; the same again for the same seed."""
+    rng = random.Random(seed)
+    order: list[Judgment] = []
+    for _ in range(epochs):
+        order += rng.sample(examples, len(examples))
+
+    batches = []
+    for start in range(0, len(order), size):
+        batches.append(order[start:start + size])
+    return batches

@@ -30,6 +30,16 @@ def count_round(pairs: Sequence[Pair], refused: dict[str, int], candidates: Sequ
     }
 
 
+def write_candidates(run: Run, number: int, items: Sequence[Item], candidates: Sequence[Sequence[Completion]],
+                     scores: Sequence[Sequence[Score]]) -> None:
+    """Write all candidates of the round with their scores, one item a line, to candidates/round-NUMBER.jsonl."""
+    rows = []
+    for item, completions, verdicts in zip(items, candidates, scores, strict=True):
+        texts = [completion.text for completion in completions]
+        rows.append({"item_id": item.id, "texts": texts, "scores": [verdict.value for verdict in verdicts]})
+    run.write_lines(f"candidates/round-{number}.jsonl", rows)
+
+
 def write_round(run: Run, number: int, pairs: Sequence[Pair], items: Sequence[Item], counts: dict[str, int],
                 skipped: bool) -> None:
     """Write the round's pairs to pairs/round-NUMBER.jsonl, and say its counts."""

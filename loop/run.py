@@ -44,6 +44,11 @@ STEP_LINE = {                                           # what a step's line sho
     "rewards/accuracies": "ordered {:.2f}",
     "grad_norm": "grad {:.2f}",
     "lr": "lr {:.1e}",
+    "pairs/s": "{:.1f} pairs/s",
+    "judgments/s": "{:.1f} judgments/s",
+    "tokens/s": "{:.0f} tokens/s",
+    "preprocessing_share": "preprocessing {:.0%}",
+    "peak_memory_gb": "peak {:.1f} GB",
     "eval/accuracy": "watched accuracy {:.3f}",
 }
 

@@ -16,12 +16,13 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"                                # written when all else is
 LEFTOVERS = (                                           # of a process that was killed while it wrote
     "checkpoints/.step-*", ".candidate.*", ".deploy.*", "*.json*.tmp", "pairs/*.json*.tmp", "pairs/images/*.tmp",
-    "export/*/*.tmp")
+    "export/*/*.tmp", "candidates/*.json*.tmp", "report.html.*.tmp")
 # All that train.py and judge.py write, part by part of a path: files, and folders that hold a model.
 RUN_FILES = (
     "config.json", METRICS, SUMMARY, "gate_records.jsonl", "held_out.jsonl", "trained_on.jsonl", "pairs/*.jsonl",
-    "pairs/images/*.png", "export/*/*.json*", "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", LOCK,
-    "*.json*.tmp", "pairs/*.json*.tmp", "pairs/images/*.png*.tmp")
+    "pairs/images/*.png", "candidates/*.jsonl", "export/*/*.json*", "checkpoints/step-*/state.pt",
+    "checkpoints/.step-*/state.pt", LOCK, "report.html", "report.html.*.tmp", "*.json*.tmp", "pairs/*.json*.tmp",
+    "pairs/images/*.png*.tmp", "candidates/*.json*.tmp")
 MODEL_FOLDERS = ("deploy", "candidate", ".candidate.*", ".deploy.*")
 
 

@@ -43,6 +43,7 @@ class Decide(Protocol):
 
 # (flags, records by verifier, what else was measured of each) -> what is recommended, the report on each
 Judge = Callable[..., tuple[Report, dict[str, Report]]]
+Shown = tuple[dict[str, list[Record]], list[Item]]      # each verifier's records, and the items that they are about
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,11 @@ def make_records(items: Sequence[Item], part: Sequence[Item], answered: Answered
     )
 
 
-def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[Report, dict[str, Report]]:
+def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[Report, dict[str, Report], Shown]:
     """Survey the verifiers and judge them; of several, the recommended one once more, on fresh items.
 
     The best of several looks better than it is on those items that it was the best of. `decide` are the flags of the
-    decision; its report must not replace the data. Returns what `judge` does.
+    decision; its report must not replace the data. Returns what `judge` does, and what its page is to show.
     """
     out = Path(decide.out)
     check_replaceable(out, {"data": cfg.data}, flag="--out")
@@ -224,8 +225,9 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
                 f"sequential: {told['outcome']} after {told['items']} of {cfg.items} items; all but the direction is "
                 f"measured on {told['fixed_items']}")
     winner = advice["recommended"]
+    shown = (records, items)
     if winner is None or len(reports) == 1:
-        return advice, reports
+        return advice, reports, shown
 
     told = "It was not measured again: too few other items have an answer."
     if fresh_items:
@@ -238,7 +240,7 @@ def survey_and_judge(cfg: SurveyConfig, decide: Decide, judge: Judge) -> tuple[R
         if report["verdict"] == "BLOCK":
             advice["recommended"] = None
     advice["recommendation"] += f" {told}"
-    return advice, reports
+    return advice, reports, shown
 
 
 def check_lengths(cfg: SurveyConfig, items: Sequence[Item], logged: LoggedCandidates | None) -> None:

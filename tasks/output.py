@@ -19,6 +19,7 @@ class Output:
     responses: Path
     served: Path                                                # what a server answered, as it came
     config: Path
+    page: Path
     lock: Path
     settings: dict[str, Any] = field(default_factory=dict)      # what the answers depend on
     held: Lock | None = None
@@ -26,7 +27,7 @@ class Output:
     @property
     def written(self) -> tuple[Path, ...]:
         """The files that an evaluation writes."""
-        return self.report, self.answers, self.responses, self.served, self.config, self.lock
+        return self.report, self.answers, self.responses, self.served, self.config, self.page, self.lock
 
     def check_unused(self) -> None:
         """ValueError where another process writes these files. It looks before a model is loaded, and holds nothing."""
@@ -82,4 +83,5 @@ def output_files(out: str | Path) -> Output:
         responses=folder / f"{start}responses.jsonl",
         served=folder / f"{start}served.jsonl",
         config=folder / f"{start}config.json",
+        page=folder / f"{start or 'report.'}html",
         lock=folder / f".{start}lock")

@@ -24,6 +24,11 @@ class Splits:
         """The items that pairs are made of."""
         return by_id(self.train)
 
+    @property
+    def all_items(self) -> list[Item]:
+        """The items of all four."""
+        return [*self.gate, *self.watch, *self.held_out, *self.train]
+
 
 class ItemsById(dict[str, Item]):
     """Items by their ids. One that is not there is a ValueError: a run that is resumed may meet other data."""

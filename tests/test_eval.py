@@ -200,7 +200,7 @@ def test_responses_without_torch_or_a_model(task, tmp_path):
 def test_out_may_name_the_report(task, tmp_path):
     responses = write_responses(tmp_path / "r.jsonl", *((str(k), "0") for k in range(5)))
     assert run("--task", "jsonl", "--data", task, "--responses", responses, "--out", tmp_path / "x" / "a.json") == 0
-    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["a.answers.jsonl", "a.json"]
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["a.answers.jsonl", "a.html", "a.json"]
     assert run("--task", "jsonl", "--data", task, "--responses", responses, "--out", responses) == 2
 
 

@@ -41,7 +41,7 @@ PROGRAMS = {
     "tests/evidence/evidence.py": ("tests/evidence", "evidence", "main"),
     "tests/helpers/compare_layers.py": ("tests/helpers", "compare_layers", "main"),
 }
-WITHOUT_FLAGS = {"-m loop.demo"}
+WITHOUT_FLAGS = {"-m loop.demo", "-m loop.report"}
 TORCHRUN = ("--standalone", "--nproc-per-node")
 LMMS_EVAL = ("--log", "--repeats", "--reasoning")       # up to the underscore, where what is searched for ends
 COMMAND = re.compile(r"\b(?:python|torchrun(?: --standalone)? --nproc-per-node \w+) (-m [\w.]+|[\w/]+\.py)([^`\n#&;]*)")

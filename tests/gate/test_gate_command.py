@@ -46,7 +46,7 @@ def test_records_command(tmp_path: Path) -> None:
         assert list(report[name]) == ["value", "low", "high", "n"] and report[name]["low"] < report[name]["high"]
     assert not {"recommended", "verifiers", "cost", "seconds_per_verdict", "tokens_per_verdict"} & report.keys()
     assert "PASS" in done.stdout and "direction shown" in done.stdout
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.json"]
 
 
 def test_records_command_blocks(tmp_path: Path) -> None:
@@ -116,7 +116,8 @@ def test_several_files_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert report["recommended"] == paths[2]
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == report["recommendation"] and "pass, and it is the cheapest" in lines[-1]
+    assert lines[-2] == report["recommendation"] and "pass, and it is the cheapest" in lines[-2]
+    assert lines[-1] == f"page: {tmp_path / 'report.html'}"
     assert [line.split()[0] for line in lines[1:4]] == ["PASS", "PASS", "BLOCK"]       # the best agreement first
     assert all(word in lines[0] for word in ("seconds_per_verdict", "tokens_per_verdict", "cost"))
 

@@ -19,6 +19,7 @@ from eval import load_task
 from loop.ranks import Ranks
 from loop.run import Run
 from loop.run_files import LOCK
+from loop.speed import without_wall_clock
 from tasks import Item
 from train import Config
 
@@ -134,8 +135,14 @@ def same_run(one: Path, other: Path) -> None:
     files = [{n: b for n, b in tree(run).items() if b is not None and not n.startswith(("checkpoints", "config"))}
              for run in (one, other)]
     assert files[0].keys() == files[1].keys()
-    for name in files[0]:
+    assert log(one) == log(other)
+    for name in set(files[0]) - {"metrics.jsonl", "report.html"}:           # they tell how fast it went
         assert files[0][name] == files[1][name], name
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the columns that no repetition gives again."""
+    return [without_wall_clock(row) for row in rows(folder / "metrics.jsonl")]
 
 
 def by_id() -> dict[str, Item]:

@@ -20,6 +20,8 @@ from eval import load_task
 from judge import Judgment
 from loop import judge_splits
 from loop.ranks import Ranks
+from loop.report.candidates import read_rows
+from loop.speed import without_wall_clock
 from model import load_vlm
 from tasks import Item
 from tasks.jsonl import export_items
@@ -33,9 +35,15 @@ def config(out: Path, **flags: Any) -> judge.Config:
     return judge.Config(**{**FEW, "task": "red", "out": str(out), **flags})
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and "checkpoints" not in path.parts and path.name != "config.json"}
+def files(folder: Path) -> dict[str, Any]:
+    """What must be the same in every repetition: not the folder's own name, nor how fast it went."""
+    found: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+                             if path.is_file() and "checkpoints" not in path.parts and path.name != "config.json"}
+    assert found.pop("report.html").startswith(b"<!DOCTYPE html>")
+    found["metrics.jsonl"] = [without_wall_clock(row) for row in read_rows(folder / "metrics.jsonl")]
+    if "deploy/README.md" in found:
+        found["deploy/README.md"] = found["deploy/README.md"].replace(bytes(folder), b"RUN")
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,8 +1,7 @@
-"""The demo on a small scale, by its command; its table and its picture, from made figures too."""
+"""The demo on a small scale, by its command; its table and its page, from made figures too."""
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -63,12 +62,12 @@ def write(folder: Path, outcome: dict[str, tuple[str, str | None]], losses: bool
 # ---- the command
 
 def test_small_demo(tmp_path: Path) -> None:
-    """Both tasks by the ordinary program, then the table and the picture. On so few items the gates may say either; the
+    """Both tasks by the ordinary program, then the table and the page. On so few items the gates may say either; the
     exit status follows from what they said. Asked again, it touches nothing."""
     out = tmp_path / "d"
     command = [sys.executable, "train.py", "--out", str(out), *SMALL]
     how = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True,
-           "timeout": 120}
+           "timeout": 300}
     done = subprocess.run(command, **how)
     assert "Traceback" not in done.stderr, done.stderr
     summaries = {task: json.loads((out / task / "summary.json").read_text()) for task in ("bar", "red")}
@@ -82,9 +81,11 @@ def test_small_demo(tmp_path: Path) -> None:
     assert all(len(row) == len(COLUMNS) for row in table)
     for _, *row in table[1:]:
         assert row[0] != "-" and {row[5], row[6]} <= {"PASS", "BLOCK"}
-    picture = Path(next(line for line in shown if line.startswith("picture: ")).removeprefix("picture: "))
-    assert picture.parent == out and picture.stat().st_size > 100
-    assert {p.name for p in out.iterdir()} == {"bar", "red", picture.name}
+    assert shown[-1] == f"page: {out / 'report.html'}"
+    page = (out / "report.html").read_text()
+    assert page.index("<table>") < page.index("<figure>") < page.index('class="row ') and page.count("data:image/") > 20
+    assert {p.name for p in out.iterdir()} == {"bar", "red", "report.html"}
+    assert f"page: {out / 'red' / 'report.html'}" in shown
     for task in ("bar", "red"):
         settings = json.loads((out / task / "config.json").read_text())
         assert settings["task"] == task and settings["force"] is (task == "red") and settings["rounds"] == 1
@@ -121,8 +122,7 @@ def test_run_asks_main_for_both_tasks(tmp_path: Path, monkeypatch: pytest.Monkey
     """It replaces runs/demo, where it was not told another folder, and forces the second task alone."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "runs" / "demo", demo.EXPECTED)
-    (tmp_path / "runs" / "demo" / "demo.txt").write_text("old")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "runs" / "demo" / "report.html").write_text("old")
     asked = []
 
     def main(cfg: train.Config, ranks: Any) -> int:
@@ -132,7 +132,7 @@ def test_run_asks_main_for_both_tasks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert demo.run(main, train.Config(seed=7), Ranks("cpu")) == 0
     assert asked == [("bar", False, "runs/demo/bar", 7), ("red", True, "runs/demo/red", 7)]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["demo"]
-    assert (tmp_path / "runs" / "demo" / "demo.txt").read_text() != "old"
+    assert (tmp_path / "runs" / "demo" / "report.html").read_text() != "old"
 
 
 @pytest.mark.parametrize("script, folder", [("train", "demo/bar"), ("judge", "judge-demo")])
@@ -157,25 +157,25 @@ RUNS = ("bar", "red")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished demo, named by its picture."""
+    """A finished demo, named by its page."""
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/demo")
     write(folder, demo.EXPECTED)
-    (folder / "demo.txt").write_text("earlier")
+    (folder / "report.html").write_text("earlier")
     return folder
 
 
 def named(folder: Path) -> str:
     """Which demo lies there; nothing else lies beside it."""
     assert [path.name for path in folder.parent.iterdir()] == ["demo"]
-    return (folder / "demo.txt").read_text()
+    return (folder / "report.html").read_text()
 
 
 def make_new(folder: Path, runs: tuple[str, ...] = RUNS) -> None:
-    """A new demo as far as it came: its finished runs and, at the end, its picture."""
+    """A new demo as far as it came: its finished runs and, at the end, its page."""
     write(folder, {task: demo.EXPECTED[task] for task in runs})
     if runs == RUNS:
-        (folder / "demo.txt").write_text("new")
+        (folder / "report.html").write_text("new")
 
 
 def test_a_new_demo_takes_the_place(folder: Path) -> None:
@@ -235,10 +235,12 @@ def test_what_a_demo_makes_is_known(folder: Path) -> None:
     """Every file of a run, those of a killed one too."""
     files = ["bar/pairs/round-1.jsonl", "bar/pairs/images/12ab.png", "red/pairs/images/12ab.png.34cd.tmp",
              "bar/export/swift/pairs.jsonl", "red/export/llamafactory/dataset_info.json", "bar/gate_records.jsonl",
-             "red/held_out.jsonl", "red/trained_on.jsonl", "bar/.lock",
+             "bar/candidates/round-1.jsonl", "red/held_out.jsonl", "red/trained_on.jsonl", "bar/.lock",
+             "bar/report.html", "red/report.html.12ab.tmp", "report.html",
              "bar/checkpoints/step-000001-001/state.pt", "red/checkpoints/.step-000001-001.7.new/state.pt",
-             "bar/deploy/model.safetensors", "bar/deploy/chat_template.jinja", "bar/deploy/config.json", "demo.png",
-             "red/.candidate.7.new/model.safetensors", ".red.7.new/config.json", "red/summary.json.12ab.tmp"]
+             "bar/deploy/model.safetensors", "bar/deploy/chat_template.jinja", "bar/deploy/config.json",
+             "bar/deploy/README.md", "demo.png", "demo.txt", "red/.candidate.7.new/model.safetensors",
+             ".red.7.new/config.json", "red/summary.json.12ab.tmp"]
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
@@ -259,7 +261,7 @@ def test_a_link_in_its_place(folder: Path) -> None:
     folder.symlink_to(Path("elsewhere").absolute())
     with pytest.raises(ValueError, match="runs/demo is not a folder"):
         demo.run(None, train.Config(), Ranks("cpu"))
-    assert folder.is_symlink() and Path("elsewhere/demo.txt").exists()
+    assert folder.is_symlink() and Path("elsewhere/report.html").exists()
 
 
 # ---- the report
@@ -275,8 +277,8 @@ def test_report_says_whether_it_went_as_expected(outcome: dict[str, tuple[str, s
     write(tmp_path, outcome)
     assert demo.report(tmp_path) == status
     shown = capsys.readouterr().out
-    assert "picture: " in shown and all(name in shown for name in COLUMNS)
-    head, *tasks, where = shown.splitlines()[-4:]
+    assert all(name in shown for name in COLUMNS)
+    head, *tasks, where, page = shown.splitlines()[-5:]
     wrong = sum(outcome[task] != demo.EXPECTED[task] for task in outcome)
     assert head.startswith(f"{wrong} of 2 tasks did not" if wrong else "Both tasks went as they should")
     for line, (task, (before, after)) in zip(tasks, outcome.items()):
@@ -284,7 +286,8 @@ def test_report_says_whether_it_went_as_expected(outcome: dict[str, tuple[str, s
         assert f", {after or 'no gate'} after it, " in line
         assert demo.MEANINGS[after] in line and ("as it should be" in line) == (
             (before, after) == demo.EXPECTED[task])
-    assert f"Both runs are in {tmp_path}, the picture is {tmp_path}/demo." in where
+    assert where.startswith(f"Both runs are in {tmp_path}. ") and page == f"page: {tmp_path / 'report.html'}"
+    assert all(line.removeprefix("- ") in (tmp_path / "report.html").read_text() for line in tasks)
 
 
 def test_report_of_what_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -302,19 +305,29 @@ def test_report_of_what_no_demo_wrote(file: str, content: str, tmp_path: Path, c
     whole = json.loads((tmp_path / "bar" / "summary.json").read_text())
     if file == "summary.json":
         content = json.dumps(whole | json.loads(content))
-    (tmp_path / "bar" / file).write_text(content)
+    (tmp_path / "bar" / file).write_text(content + "\n")
     assert demo.main(str(tmp_path)) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"loop.demo: {tmp_path} is not a finished demo: ") and error.count("\n") == 1
 
 
-def test_report_without_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every round was skipped: the loop logged what it watched and no loss; with matplotlib and without."""
+def test_report_without_losses(tmp_path: Path) -> None:
+    """Every round was skipped: the loop logged what it watched and no loss."""
     write(tmp_path, {"bar": ("PASS", "REJECT"), "red": ("BLOCK", "REJECT")}, losses=False)
     assert demo.report(tmp_path) == 1
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert demo.report(tmp_path) == 1
-    assert (tmp_path / "demo.txt").is_file()
+    page = (tmp_path / "report.html").read_text()
+    assert "bar: watched accuracy" in page and "DPO loss</figcaption>" not in page
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture) -> None:
+    """One sentence; the status is still the demo's."""
+    def full(*_: Any) -> None:
+        raise OSError("cannot write the page: the disk is full")
+    write(tmp_path, demo.EXPECTED)
+    monkeypatch.setattr("loop.report.page.write_bytes_whole", full)
+    assert demo.report(tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "no page: cannot write the page: the disk is full"
 
 
 def test_table() -> None:
@@ -326,62 +339,3 @@ def test_table() -> None:
     assert rows[2] == ["red", "-", "0.910", "0.420", "0.930", "0.440", "PASS", "BLOCK", "-", "-", "-", "-"]
     lines = demo.table({"bar": summary("bar", "PASS", "PROMOTE")}).splitlines()
     assert len({len(line) for line in lines}) == 1
-
-
-def test_read_curves(tmp_path: Path) -> None:
-    write(tmp_path, {"bar": ("PASS", "PROMOTE")})
-    curves = demo.read_curves(tmp_path / "bar" / "metrics.jsonl")
-    assert curves.accuracy == [(0, 0.5), (9, 0.75)]
-    assert [step for step, _ in curves.loss] == list(range(1, 10)) and curves.loss[-1] == (9, 0.5)
-    assert curves.round_starts == [1, 5]                                    # each round's first step
-
-
-def test_smooth() -> None:
-    points = [(1, 1.0), (2, 2.0), (3, 6.0), (7, 7.0)]
-    assert demo.smooth(points, 2) == [(1, 1.0), (2, 1.5), (3, 4.0), (7, 6.5)]
-    assert demo.smooth(points, 9)[-1] == (7, 4.0) and demo.smooth([]) == []
-
-
-def test_text_plot() -> None:
-    """Each curve from its highest value, above, to its lowest; steps from left to right."""
-    lines = demo.Curves([(k, 1.0 - k / 100) for k in range(1, 61)], [(0, 0.2), (30, 0.3), (60, 0.8)], [])
-    title, *grid, axis, loss, accuracy = demo.text_plot("bar", lines, width=40, height=10).splitlines()
-    assert title == "bar" and len(grid) == 10 and all(len(row) == 41 and row[0] == "|" for row in grid)
-    assert set(axis) == {"+", "-"} and len(axis) == 41
-    marks = {mark: [(x, y) for y, row in enumerate(grid) for x, c in enumerate(row[1:]) if c == mark] for mark in "lA"}
-    assert {(0, 9), (39, 0)} <= set(marks["A"]) and len(marks["A"]) == 3
-    falling = sorted(marks["l"])
-    assert falling[0][1] == 0 and max(y for _, y in falling) == 9 and len(falling) > 20
-    assert all(a[1] <= b[1] for a, b in itertools.pairwise(falling))
-    assert loss == "l DPO loss 0.990 -> 0.420 (drawn from 0.420 to 0.990)"
-    assert accuracy == "A accuracy 0.200 -> 0.800 (drawn from 0.200 to 0.800)"
-
-
-def test_text_plot_of_one_point_or_none() -> None:
-    """A curve of one value, and a run without pairs, in which no loss was logged."""
-    assert "A accuracy 0.500 -> 0.500" in demo.text_plot("bar", demo.Curves([(1, 0.7)], [(0, 0.5)], []))
-    text = demo.text_plot("bar", demo.Curves([], [(0, 0.5)], []))
-    assert "A accuracy 0.500 -> 0.500" in text and "DPO loss" not in text
-    assert demo.text_plot("bar", demo.Curves([], [], [])).startswith("bar\n|")
-
-
-@pytest.mark.parametrize("losses", [True, False])
-def test_picture(tmp_path: Path, losses: bool) -> None:
-    pytest.importorskip("matplotlib")
-    write(tmp_path, demo.EXPECTED, losses)
-    curves = {task: demo.read_curves(tmp_path / task / "metrics.jsonl") for task in demo.EXPECTED}
-    path = demo.draw(curves, tmp_path)
-    assert path == tmp_path / "demo.png" and path.read_bytes().startswith(b"\x89PNG")
-    from matplotlib import pyplot
-    pyplot.close("all")
-
-
-def test_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-                                    ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    curves = {task: demo.Curves([(1, 0.7), (2, 0.6)], [(0, 0.5)], []) for task in ("bar", "red")}
-    path = demo.draw(curves, tmp_path)
-    text = path.read_text()
-    assert path == tmp_path / "demo.txt" and all(demo.text_plot(task, curves[task]) in text for task in curves)
-    shown = capsys.readouterr().out
-    assert text.strip() in shown and "pip install matplotlib" in shown

@@ -15,6 +15,7 @@ from loop.state import State
 from model import Completion
 from replay import select_pair
 from runs import config, few_items
+from tasks.splits import Splits
 from verifier import Score
 
 ITEMS = list(few_items("bar")[:4])
@@ -48,9 +49,9 @@ def test_what_the_gate_after_is_asked(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gates, "load_vlm", lambda *_: None)
     monkeypatch.setattr(gates, "frozen", lambda vlm, cfg: vlm)
     run = SimpleNamespace(cfg=config(tmp_path, require_gain=require_gain, min_low=-0.1), save_candidate=lambda _: None,
-                          ranks=SimpleNamespace(device="cpu"), deploy_or_discard=lambda *_, **__: None)
+                          ranks=SimpleNamespace(device="cpu", first=True), deploy_or_discard=lambda *_, **__: None)
     state = State(step=1, frozen_held_out=[SimpleNamespace(correct=False)] * 5, frozen_reviewed=[])
-    gates.deploy_gate(run, SimpleNamespace(dtype=None), None, SHARED, [], state)
+    gates.deploy_gate(run, SimpleNamespace(dtype=None), None, Splits([], [], SHARED, []), [], state)
     assert asked == {"trained": True, "min_low": -0.1, "require_gain": require_gain,
                      "clusters": gates.picture_clusters(SHARED)}
 

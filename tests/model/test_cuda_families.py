@@ -70,7 +70,7 @@ COPIES_OF_A_MICRO_BATCH = {"qwen3_vl": 10, "qwen2_5_vl": 10, "mllama": 13}      
 # ---- what is asked
 
 def deep_config(family: str) -> dict:
-    """A tiny model of true depth, whose heads are of a width (24, a multiple of 8) for which there are fused kernels."""
+    """A tiny model of true depth, its heads of a width (24, a multiple of 8) for which there are fused kernels."""
     config = CONFIGS[family]()
     text = config.get("text_config", config)
     text["num_hidden_layers"] = DEPTH[family]

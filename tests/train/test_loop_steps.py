@@ -21,9 +21,10 @@ from loop.state import State
 from model import Completion
 from model.processor import Processor, QwenProcessor
 from replay import Pair, ReplayBuffer
-from runs import by_id, config, equal, few_items, rows, start, state, summary
+from runs import by_id, config, equal, few_items, log, rows, start, state, summary
 from tasks import Item
 from tasks.jsonl import export_items
+from tasks.splits import Splits
 from verifier import Score
 
 
@@ -101,7 +102,8 @@ def test_labels_change_the_log_alone(whole: Path, tmp_path: Path, monkeypatch: p
     items = [replace(item, answer="77" if k % 2 else None) for k, item in enumerate(splits.train)]
     monkeypatch.setattr(train, "load_splits", lambda cfg: replace(splits, train=items))
     assert start(config(out)) == 3
-    for name in ("metrics.jsonl", "pairs/round-1.jsonl", "pairs/round-2.jsonl", "held_out.jsonl"):
+    assert log(out) == log(whole)
+    for name in ("candidates/round-1.jsonl", "pairs/round-1.jsonl", "pairs/round-2.jsonl", "held_out.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     for part in ("model", "optimiser"):
         assert equal(state(out)[part], state(whole)[part])
@@ -162,7 +164,7 @@ def test_pixel_limits_reach_every_model(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(gates, "greedy_answers", lambda run, vlm, *_: deployed.append(vlm) or [])
     monkeypatch.setattr(gates, "compare_answers", lambda *_, **__: {"reasons": []})
     state_now = State(frozen_held_out=[], frozen_reviewed=[])
-    train.deploy_gate(run, student, student, [], [], state_now)
+    train.deploy_gate(run, student, student, Splits([], [], [], []), [], state_now)
     assert limits == [(None, 5000)] * 3 and deployed[0].feature_cache.max_bytes == int(run.cfg.feature_cache_gb * 1e9)
     assert not deployed[0].eager
     assert json.loads((tmp_path / "run" / "config.json").read_text())["max_pixels"] == 5000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import DRIVER, argv, config, rows, spawn, start, state, steps, summary, tree
+from runs import DRIVER, argv, config, log, rows, spawn, start, state, steps, summary, tree
 
 PROCESSES = """
 real = train.main
@@ -40,7 +40,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert len(found[0]) > 3 and found[0] == found[1]
         assert tree(runs[0] / "pairs") == tree(runs[1] / "pairs")           # with the pictures; nothing is left aside
         assert (runs[0] / "gate_records.jsonl").read_bytes() == (runs[1] / "gate_records.jsonl").read_bytes()
-        logs = [rows(run / "metrics.jsonl") for run in runs]
+        logs = [log(run) for run in runs]
         assert len(logs[0]) == count + 1
         for a, b in zip(*logs, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)

@@ -24,8 +24,8 @@ from verifier import score_candidates
 def test_files(whole: Path) -> None:
     files = tree(whole)
     assert {n for n in files if "/" not in n} == {
-        "checkpoints", "config.json", "gate_records.jsonl", "held_out.jsonl", "metrics.jsonl", "pairs", "summary.json",
-        "trained_on.jsonl"}
+        "candidates", "checkpoints", "config.json", "gate_records.jsonl", "held_out.jsonl", "metrics.jsonl", "pairs",
+        "report.html", "summary.json", "trained_on.jsonl"}
     assert {n for n in files if n.startswith("pairs/") and not n.startswith("pairs/images/")} == {
         "pairs/round-1.jsonl", "pairs/round-2.jsonl", "pairs/images"}
     found = summary(whole)

@@ -1,0 +1,1 @@
+"""The page of a run: one HTML file, self-contained, that is read without a script and without a network."""
