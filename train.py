@@ -49,6 +49,7 @@ from loop.probe import probe
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.rounds import count_round, pair_directions, write_round
 from loop.run import Run
+from loop.shard import share_out
 from loop.state import State, restore, save
 from loop.survey import draw_items
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
@@ -71,6 +72,7 @@ class Config(TrainingFlags):
     split: str | None = flag(None, "split that all items are cut from (default: the task's own)")
     student: str = flag(str(TINY / "student"), "folder or hub id of the model that is trained")
     verifier: str = flag(str(TINY / "verifier"), "folder or hub id of the frozen scorer")
+    shard_verifier: bool = flag(False, "share out the verifier over ranks while it is not asked")
     out: str | None = flag(None, "folder of the run (default runs/TASK, for the demo runs/demo)")
     force: bool = flag(False, "train even if the gate says BLOCK")
 
@@ -259,6 +261,8 @@ def load_models(run: Run) -> tuple[VLM, VLM]:
     device = run.ranks.device
     student = load_trainable(cfg.student, cfg, device)
     verifier = frozen(load_vlm(cfg.verifier, device, student.dtype), cfg)
+    if cfg.shard_verifier:
+        share_out(verifier)
     check_disk(run, student, deployed_copies=1)
     run.start(dtype=str(student.dtype).removeprefix("torch."),
               reference=folder_digest(student.folder), scorer=folder_digest(verifier.folder))

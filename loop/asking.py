@@ -6,6 +6,7 @@ from typing import Any
 
 from eval import Answer, score_answers
 from loop.run import Run
+from loop.shard import whole
 from model import VLM, Completion, generate, next_digits
 from model.processor import Chat
 from tasks import Item
@@ -32,7 +33,7 @@ def verdicts(run: Run, verifier: VLM, items: Sequence[Item], texts: Sequence[lis
     cfg = run.cfg
 
     def answer(chats: list[Chat]) -> Sequence[Any]:
-        return ask_verifier(verifier, chats, kind, cfg.verdict_tokens, cfg.sample_batch)
+        return ask_verifier(model, chats, kind, cfg.verdict_tokens, cfg.sample_batch)
 
     def score_part(part: Sequence[tuple[Item, list[str]]]) -> list[list[Score]]:
         chats = [item.chat() for item, _ in part]
@@ -40,7 +41,8 @@ def verdicts(run: Run, verifier: VLM, items: Sequence[Item], texts: Sequence[lis
         return VERDICTS[kind](answer, chats, candidates)
 
     questions = list(zip(items, texts, strict=True))
-    return run.ranks.map(score_part, questions, cfg.sample_batch, "scoring")
+    with whole(verifier) as model:
+        return run.ranks.map(score_part, questions, cfg.sample_batch, "scoring")
 
 
 def ask_verifier(verifier: VLM, chats: list[Chat], kind: str, verdict_tokens: int, batch_size: int) -> Sequence[Any]:

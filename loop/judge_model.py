@@ -14,6 +14,7 @@ from loop.alter import KINDS, alter_chat
 from loop.judgments import BothOrders, judge_pairs
 from loop.optimise import row_logps
 from loop.run import Run
+from loop.shard import whole
 from loop.synthetic_pairs import SyntheticPair, altered_pair
 from model import Completion, generate
 from model.pairs import pack_completions
@@ -40,7 +41,7 @@ def ask_judge(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: dict[st
 
     def answer(chats: list[Chat]) -> list[Completion]:
         replies = generate(
-            vlm,
+            model,
             chats,
             max_new_tokens=cfg.verdict_tokens,
             batch_size=cfg.sample_batch,
@@ -51,7 +52,9 @@ def ask_judge(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: dict[st
     def judge_chunk(chunk: Sequence[SyntheticPair]) -> list[BothOrders]:
         chats = [items[pair.item_id].chat() for pair in chunk]
         return judge_pairs(answer, chats, chunk)
-    return run.ranks.map(judge_chunk, pairs, cfg.sample_batch, label)
+
+    with whole(vlm) as model:
+        return run.ranks.map(judge_chunk, pairs, cfg.sample_batch, label)
 
 
 def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
@@ -70,7 +73,7 @@ def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
     def alter_chunk(chunk: Sequence[tuple[Item, str, str]]) -> list[SyntheticPair | str]:
         chats = [alter_chat(item.chat(), response, kind) for item, response, kind in chunk]
         replies = generate(
-            vlm,
+            model,
             chats,
             max_new_tokens=cfg.max_new_tokens,
             batch_size=cfg.sample_batch,
@@ -80,7 +83,9 @@ def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
         for (item, response, kind), [altered] in zip(chunk, replies, strict=True):
             outcomes.append(altered_pair(item.id, response, altered.text, kind))
         return outcomes
-    return run.ranks.map(alter_chunk, requests, cfg.sample_batch, "altering")
+
+    with whole(vlm) as model:
+        return run.ranks.map(alter_chunk, requests, cfg.sample_batch, "altering")
 
 
 def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence[int]]) -> Tensor:

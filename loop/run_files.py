@@ -19,7 +19,8 @@ LEFTOVERS = (                                           # of a process that was 
 # All that train.py and judge.py write, part by part of a path: files, and folders that hold a model.
 RUN_FILES = (
     "config.json", METRICS, SUMMARY, "gate_records.jsonl", "held_out.jsonl", "trained_on.jsonl", "pairs/*.jsonl",
-    "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", LOCK, "*.json*.tmp", "pairs/*.json*.tmp")
+    "checkpoints/step-*/state.pt", "checkpoints/.step-*/state.pt", "checkpoints/*/shards/*", LOCK,
+    "*.json*.tmp", "pairs/*.json*.tmp")
 MODEL_FOLDERS = ("deploy", "candidate", ".candidate.*", ".deploy.*")
 
 
