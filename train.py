@@ -80,6 +80,7 @@ class Config(existing_pairs.PairFlags, RequestFlags):
     student: str = flag(str(TINY / "student"), "folder or hub id of the model that is trained")
     verifier: str = flag(str(TINY / "verifier"),
                          "frozen scorer: a folder, a hub id, or http://HOST:PORT/v1#NAME")
+    shard_verifier: bool = flag(False, "share out the verifier over ranks while it is not asked")
     out: str | None = flag(None, "folder of the run (default runs/TASK, for the demo runs/demo)")
 
     # Sampling and scoring

@@ -8,6 +8,7 @@ from typing import Any
 from eval import Answer, score_answers
 from loop.run import Run
 from loop.served import Asked, ServedModel
+from loop.shard import whole
 from model import VLM, Completion, generate, next_digits
 from model.processor import Chat
 from tasks import Item
@@ -35,7 +36,7 @@ def verdicts(run: Run, verifier: Asked, items: Sequence[Item], texts: Sequence[l
     cfg = run.cfg
 
     def answer(chats: list[Chat]) -> Sequence[Any]:
-        return ask_verifier(verifier, chats, kind, cfg.verdict_tokens, cfg.sample_batch)
+        return ask_verifier(model, chats, kind, cfg.verdict_tokens, cfg.sample_batch)
 
     def score_part(part: Sequence[tuple[Item, list[str]]]) -> list[list[Score]]:
         chats = [item.lazy_chat() for item, _ in part]
@@ -46,7 +47,7 @@ def verdicts(run: Run, verifier: Asked, items: Sequence[Item], texts: Sequence[l
         begin_pictures(verifier, [item for item, _ in part])
 
     questions = list(zip(items, texts, strict=True))
-    with counting_failures(run, verifier, count_prompts(texts, kind)):
+    with whole(verifier) as model, counting_failures(run, verifier, count_prompts(texts, kind)):
         return run.ranks.map(score_part, questions, cfg.sample_batch, "scoring", prepare)
 
 

@@ -40,6 +40,7 @@ class TrainingFlags:
     trainable: str = flag("language", "what is trained: language, all (the vision tower too), or layers:A-B")
     lora_rank: int = flag(0, "train adapters of this rank on these layers instead (0: the weights themselves)", low=0)
     recompute: bool = flag(False, "activation checkpointing: compute activations again instead of keeping them")
+    shard: bool = flag(False, "share out weights, gradients and optimiser over torchrun's processes (FSDP2)")
     # Saving, machine
     save_every: int = flag(20, "steps between checkpoints", low=1)
     keep: int = flag(2, "checkpoints kept", low=1)
@@ -52,6 +53,9 @@ class TrainingFlags:
         check_ranges(self)
         check_pixel_range(self.min_pixels, self.max_pixels)
         check_trainable(self.trainable, self.lora_rank)
+        if self.shard and (self.lora_rank or self.trainable.startswith("layers")):
+            raise ValueError("--shard shares out a model that is trained whole (--trainable language or all); with "
+                             "--lora-rank or --trainable layers:A-B little is trained: leave --shard out")
 
         for name in ("data", "split", "train_split", "resume"):
             needless = self.is_demo if name == "resume" else self.task is None

@@ -15,6 +15,7 @@ from loop.asking import begin_pictures
 from loop.judgments import BothOrders, judge_pairs
 from loop.optimise import row_logps
 from loop.run import Run
+from loop.shard import whole
 from loop.speed import PREPROCESSING
 from loop.synthetic_pairs import SyntheticPair, altered_pair
 from model import Completion, generate
@@ -42,7 +43,7 @@ def ask_judge(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: dict[st
 
     def answer(chats: list[Chat]) -> list[Completion]:
         replies = generate(
-            vlm,
+            model,
             chats,
             max_new_tokens=cfg.verdict_tokens,
             batch_size=cfg.sample_batch,
@@ -57,7 +58,8 @@ def ask_judge(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: dict[st
     def prepare(chunk: Sequence[SyntheticPair]) -> None:
         begin_pictures(vlm, [items[pair.item_id] for pair in chunk])
 
-    return run.ranks.map(judge_chunk, pairs, cfg.sample_batch, label, prepare)
+    with whole(vlm) as model:
+        return run.ranks.map(judge_chunk, pairs, cfg.sample_batch, label, prepare)
 
 
 def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
@@ -76,7 +78,7 @@ def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
     def alter_chunk(chunk: Sequence[tuple[Item, str, str]]) -> list[SyntheticPair | str]:
         chats = [alter_chat(item.lazy_chat(), response, kind) for item, response, kind in chunk]
         replies = generate(
-            vlm,
+            model,
             chats,
             max_new_tokens=cfg.max_new_tokens,
             batch_size=cfg.sample_batch,
@@ -86,7 +88,9 @@ def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
         for (item, response, kind), [altered] in zip(chunk, replies, strict=True):
             outcomes.append(altered_pair(item.id, response, altered.text, kind))
         return outcomes
-    return run.ranks.map(alter_chunk, requests, cfg.sample_batch, "altering")
+
+    with whole(vlm) as model:
+        return run.ranks.map(alter_chunk, requests, cfg.sample_batch, "altering")
 
 
 def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence[int]]) -> Tensor:

@@ -1,4 +1,7 @@
-"""Running out of memory, on a GPU or not: one sentence, with the flags that help."""
+"""Running out of memory, on a GPU or not: one sentence, with the flags that help.
+
+As a program (`python -m loop.memory`) it says how much memory a run will take: memory_table.py.
+"""
 from __future__ import annotations
 
 import re
@@ -40,6 +43,8 @@ def helpful_flags(values: dict[str, Any]) -> list[str]:
     advice.append("a smaller --max-pixels")
     if values.get("feature_cache_gb"):
         advice.append("a smaller --feature-cache-gb")
+    if values.get("shard") is False and not values.get("lora_rank"):
+        advice.append("--shard under torchrun")
     if values.get("recompute") is False:
         advice.append("--recompute")
     if values.get("lora_rank") == 0 and values.get("trainable") != "all":
@@ -47,3 +52,9 @@ def helpful_flags(values: dict[str, Any]) -> list[str]:
     if values.get("dtype") == "float32":
         advice.append("--dtype bfloat16")
     return advice
+
+
+if __name__ == "__main__":
+    from loop.memory_table import cli
+    from tasks.endings import exit_with
+    exit_with(cli)

@@ -20,6 +20,7 @@ from loop.lengths import answer_uses, fitting
 from loop.loading import activation_dtype, frozen
 from loop.run import Run
 from loop.served import Asked, ServedModel
+from loop.shard import share_out
 from model.checkpoint import folder_digest
 from model.processor import Chat
 from model.vlm import pick_device
@@ -81,6 +82,8 @@ def open_scorer(run: Run, dtype: torch.dtype) -> tuple[Asked | None, str]:
     if is_served(cfg.verifier):
         return open_verifier(run)
     verifier = frozen(model.load_vlm(cfg.verifier, run.ranks.device, dtype), cfg)
+    if cfg.shard_verifier:
+        share_out(verifier)
     return verifier, folder_digest(verifier.folder)
 
 

@@ -20,6 +20,7 @@ from loop.flags import TrainingFlags, check_trainable
 from loop.loading import activation_dtype, limit_pixels
 from loop.ranks import NonFinite
 from loop.run import Run
+from loop.shard import gathered, is_sharded, local, shard_trained, sharing
 from model import load_vlm
 from model.layers import Block
 from model.lora import adapters, adapters_off, add_adapters
@@ -33,13 +34,15 @@ ONE_THREAD_PARAMETERS = 10_000_000                      # a model with fewer is 
 # ---- what is trained
 
 def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
-    """The model that is trained, as the flags dtype, trainable, lora_rank, recompute, feature_cache_gb and eager say.
+    """The model that is trained: as dtype, trainable, lora_rank, recompute, shard, feature_cache_gb and eager have it.
 
     Trained weights are held in fp32 and computed in `dtype`: a bf16 weight cannot take a step of 1e-6. Frozen weights
-    are held in `dtype` where the files are, and always under adapters, which are fp32 themselves.
+    are held in `dtype` where the files are, and always under adapters, which are fp32 themselves. With --shard a model
+    is read in its files' dtype: its trained weights become fp32 as they are shared out.
     """
     dtype = activation_dtype(cfg.dtype, device)
-    vlm = load_vlm(path, device, dtype if cfg.lora_rank else torch.float32)
+    held_dtype = dtype if cfg.lora_rank else torch.float32
+    vlm = load_vlm(path, device, None if sharing(cfg) else held_dtype)
     vlm.compute_dtype = dtype
     vlm.eager = cfg.eager
     limit_pixels(vlm.processor, cfg.min_pixels, cfg.max_pixels)
@@ -60,6 +63,8 @@ def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
     # Threads that share so little work mostly wait for each other.
     if device.type == "cpu" and sum(parameter.numel() for parameter in vlm.parameters()) < ONE_THREAD_PARAMETERS:
         torch.set_num_threads(1)
+    if sharing(cfg):
+        shard_trained(vlm)
     return vlm
 
 
@@ -115,7 +120,7 @@ def reference_model(vlm: VLM) -> Iterator[VLM]:
 
 def row_logps(vlm: VLM, rows: CompletionRows) -> Tensor:
     """log pi(y|x), (S,), of the S completions in packed rows: sums over their tokens in nats, fp32."""
-    hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))             # (B, T, H)
+    hidden = vlm.hidden_states(rows.batch)                                      # (B, T, H)
     predictors = rows.predictors(hidden)                                        # (S, C, H)
     return sequence_logps(predictors, vlm.head_weight, rows.targets, rows.mask)
 
@@ -137,7 +142,7 @@ def training_state(vlm: VLM, optimiser: torch.optim.Optimizer) -> dict[str, Any]
 def load_training_state(vlm: VLM, optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Put what `training_state` returned into the model and the optimiser; saved.check_training_state comes before."""
     for name, tensor in saved["model"].items():
-        vlm.get_parameter(name).data.copy_(tensor)
+        local(vlm.get_parameter(name)).copy_(local(tensor))
     optimiser.load_state_dict(saved["optimiser"])
 
 
@@ -168,18 +173,22 @@ def optimiser_step(run: Run, optimiser: torch.optim.Optimizer, batch: Sequence[T
 
     # Gradients add up over micro-batches and ranks; each is divided by the whole batch's size.
     mine = batch[ranks.rank::ranks.world]
+    parts = [mine[start:start + micro_batch] for start in range(0, len(mine), micro_batch)]
+    weighted = [(part, 1.0) for part in parts]
+    if is_sharded(parameters[0]):
+        weighted = ranks.as_many(parts, spare=batch[:1])
     totals = torch.zeros(len(names), device=ranks.device)
-    for start in range(0, len(mine), micro_batch):
-        losses, metrics = loss(mine[start:start + micro_batch])
+    for part, weight in weighted:
+        losses, metrics = loss(part)
         # Without a picture nothing depends on cross-attention: where that alone is trained there is no gradient.
         if losses.requires_grad:
-            (losses.sum() / len(batch)).backward()
-        totals += torch.stack([metrics[name] for name in names]).sum(1)
+            (weight * losses.sum() / len(batch)).backward()
+        totals += weight * torch.stack([metrics[name] for name in names]).sum(1)
     ranks.sum_gradients(parameters)
     means = (ranks.sum(totals) / len(batch)).tolist()
     row = dict(zip(names, means, strict=True))
 
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip).item()
+    norm = gathered(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)).item()
     if not all(math.isfinite(value) for value in (*means, norm)):
         raise NonFinite(f"step {step}: the loss is {row['loss']}, the gradient's norm {norm}; nothing was updated, "
                         "the newest checkpoint is from before")

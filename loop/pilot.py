@@ -24,6 +24,7 @@ from loop.optimise import make_optimiser
 from loop.ranks import Interrupted, NonFinite
 from loop.run import Run
 from loop.served import Asked
+from loop.shard import local
 from model import VLM, Completion
 from replay import Pair, ReplayBuffer, form_pairs
 from tasks import Item
@@ -178,16 +179,17 @@ def take_steps(run: Run, student: VLM, pairs: Sequence[Pair], items: dict[str, I
 def put_back(vlm: VLM) -> Iterator[None]:
     """Inside, the model may be trained; however the block is left, its trained weights are as before, bit for bit.
 
-    They are kept on the CPU meanwhile. What else a model remembers does not depend on them: its feature cache is of a
-    frozen tower, and what sampling packs of a trained model is let go when a call ends.
+    They are kept on the CPU meanwhile, of a shared-out model this rank's parts. What else a model remembers does not
+    depend on them: its feature cache is of a frozen tower, and what sampling packs of a trained model is let go when a
+    call ends.
     """
     trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
-    kept = [parameter.detach().to("cpu", copy=True) for parameter in trained]
+    kept = [local(parameter).to("cpu", copy=True) for parameter in trained]
     try:
         yield
     finally:
         for parameter, values in zip(trained, kept, strict=True):
-            parameter.data.copy_(values)
+            local(parameter).copy_(values)
 
 
 def compared(pilot: Pilot, before: Sequence[Answer], after: Sequence[Answer], seconds: float) -> Pilot:

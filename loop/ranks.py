@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from loop.flags import TrainingFlags
 from loop.memory import enough_memory
+from loop.shard import is_sharded
 from model.vlm import pick_device
 from tasks.endings import EXPECTED, STOPPING, end, end_on_signals, first_line, is_first_process, say_last
 
@@ -81,9 +82,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            message = re.sub(r"^\[\S+\] ", "", first_line(error))       # without the place in torch's sources
-            reason = message.split(". ")[0]
-            raise LostRank(f"rank {self.rank} cannot reach the other ranks: {reason}") from None
+            raise lost_rank(self.rank, error) from None
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
@@ -150,11 +149,24 @@ class Ranks:
         return tensor
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up gradients over ranks. A rank that had no example contributes zeros, so no rank waits for another."""
+        """Add up gradients over ranks. A rank that had no example contributes zeros, so no rank waits for another.
+
+        Those of shared-out parameters are added up already, in the backward pass.
+        """
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            self.sum(parameter.grad)
+            if not is_sharded(parameter):
+                self.sum(parameter.grad)
+
+    def as_many(self, parts: Sequence[T], spare: T) -> list[tuple[T, float]]:
+        """This rank's micro-batches, each with its weight 1, and `spare` with weight 0 until all ranks have as many.
+
+        In a pass over a shared-out model ranks gather each layer together, so none may have fewer passes than another.
+        """
+        most = max(self.gather(len(parts)))
+        weighted = [(part, 1.0) for part in parts]
+        return weighted + [(spare, 0.0)] * (most - len(parts))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -163,10 +175,32 @@ class Ranks:
                 dist.barrier()
 
 
+def lost_rank(rank: int, error: RuntimeError) -> LostRank:
+    """What torch.distributed complains of, with one short reason."""
+    message = re.sub(r"^\[\S+\] ", "", first_line(error))       # without the place in torch's sources
+    reason = message.split(". ")[0]
+    return LostRank(f"rank {rank} cannot reach the other ranks: {reason}")
+
+
+@contextmanager
+def others_answering() -> Iterator[None]:
+    """Around a program's work: a passage between ranks that fails inside a pass over a shared-out model is a LostRank.
+
+    FSDP and torch.distributed.checkpoint call the other ranks by themselves. NCCL's errors have a class; gloo's are
+    RuntimeErrors that name a file of gloo's. Any other RuntimeError is left as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise lost_rank(int(os.environ.get("RANK", 0)), error) from None
+
+
 def exit_status(program: str, work: Callable[[Ranks], int], cfg: TrainingFlags) -> int:
     """The exit status of work(ranks). What can go wrong becomes one sentence and its status: see tasks/endings.py."""
     try:
-        with enough_memory(cfg), Ranks(cfg.device) as ranks:
+        with enough_memory(cfg), others_answering(), Ranks(cfg.device) as ranks:
             return work(ranks)
     except Interrupted:
         way_on = "--resume continues from the newest checkpoint"

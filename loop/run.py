@@ -25,6 +25,8 @@ from loop.ranks import Ranks
 from loop.run_files import LOCK, METRICS, SUMMARY, check_checkpoints, cut_metrics, outcome, remove_leftovers
 from loop.saving import saving
 from loop.served import Asked, ServedModel
+from loop.shard import whole
+from loop.shard_files import SHARDS, read_sharded, write_sharded
 from model import save_vlm
 from model.checkpoint import whole_folder
 from model.sampler import Completion, generate
@@ -170,12 +172,13 @@ class Run(Generic[C]):
             chats = [item.lazy_chat() for item in part]
             if isinstance(vlm, ServedModel):
                 return vlm.generate(chats, max_new_tokens=self.cfg.max_new_tokens, **sampling)
-            return generate(vlm, chats, max_new_tokens=self.cfg.max_new_tokens, **sampling)
+            return generate(model, chats, max_new_tokens=self.cfg.max_new_tokens, **sampling)
 
         def prepare(part: Sequence[Item]) -> None:
             vlm.prepare([item.lazy_chat() for item in part])
 
-        return self.ranks.map(generate_part, items, self.cfg.sample_batch, label, prepare)
+        with whole(vlm) as model:
+            return self.ranks.map(generate_part, items, self.cfg.sample_batch, label, prepare)
 
     # ---- files
 
@@ -193,12 +196,19 @@ class Run(Generic[C]):
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write checkpoints/NAME aside, sync it and rename it; then drop all but the newest `cfg.keep`, by name.
 
-        A checkpoint that exists is left as it is: a resumed run would only write the same again.
+        A checkpoint that exists is left as it is: a resumed run would only write the same again. With --shard every
+        rank writes its part of it.
         """
-        if self.ranks.first and not (self.checkpoints / name).exists():
-            with saving(self.checkpoints / name), whole_folder(self.checkpoints / name) as folder:
+        target = self.checkpoints / name
+        if self.ranks.any(self.ranks.first and target.exists()):
+            return
+        if self.cfg.shard:
+            write_sharded(self.ranks, target, state)
+        elif self.ranks.first:
+            with saving(target), whole_folder(target) as folder:
                 torch.save(state, folder / "state.pt")
 
+        if self.ranks.first:
             by_age = sorted(self.checkpoints.glob("step-*"))
             for outdated in by_age[:-self.cfg.keep]:
                 shutil.rmtree(outdated)
@@ -212,15 +222,18 @@ class Run(Generic[C]):
         """
         by_age = sorted(self.checkpoints.glob("step-*"))
         state = None
+        refusal = None
         if by_age:
             try:
-                state = read_state(by_age[-1] / "state.pt", check)
+                state = read_state(by_age[-1] / "state.pt", check, self.ranks.device)
             except ValueError as error:
                 way_out = ", the only checkpoint"
                 if len(by_age) > 1:
                     way_out = f"; remove {by_age[-1]} to resume from {by_age[-2].name}"
-                raise ValueError(f"{error}{way_out}") from None
-        self.ranks.barrier()
+                refusal = f"{error}{way_out}"
+        refusals = [reason for reason in self.ranks.gather(refusal) if reason is not None]
+        if refusals:                                    # what is wrong may stand in one rank's part alone
+            raise ValueError(refusals[0])
 
         def clean_up() -> None:
             cut_metrics(self.folder / METRICS, state["step"] if state else -1)
@@ -231,9 +244,10 @@ class Run(Generic[C]):
     def save_candidate(self, vlm: VLM) -> Path:
         """Save a model as it would be deployed, in the dtype of the files it came from; returns its folder."""
         candidate = self.folder / "candidate"
-        if self.ranks.first:
-            with saving(candidate):
-                save_vlm(vlm, candidate, vlm.file_dtype)
+        with whole(vlm, vlm.file_dtype) as model:
+            if self.ranks.first:
+                with saving(candidate):
+                    save_vlm(model, candidate, vlm.file_dtype)
         self.ranks.barrier()
         return candidate
 
@@ -273,8 +287,12 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_state(path: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """A checkpoint's content; a damaged file, or one that `check` refuses, is a ValueError that names it."""
+def read_state(path: Path, check: Callable[[dict[str, Any]], None] | None = None,
+               device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A checkpoint's content; a damaged file, or one that `check` refuses, is a ValueError that names it.
+
+    Where ranks have written shards, this rank's parts of tensors are on `device`.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
@@ -282,6 +300,8 @@ def read_state(path: Path, check: Callable[[dict[str, Any]], None] | None = None
         raise ValueError(f"{path} is damaged: {first_line(error):.200}") from None
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise ValueError(f"{path} is damaged: it holds no step")
+    if (path.parent / SHARDS).is_dir():
+        state = read_sharded(state, path.parent, torch.device(device))
     if check is not None:
         try:
             check(state)

@@ -27,7 +27,7 @@ from .sampler import Completion, generate, next_digits
 from .settings import Settings, is_token, read_settings
 from .vlm import VLM, pick_device
 
-__all__ = ["VLM", "Completion", "generate", "load_vlm", "next_digits", "save_vlm"]
+__all__ = ["VLM", "Completion", "empty_vlm", "generate", "load_vlm", "next_digits", "save_vlm"]
 
 FAMILIES: dict[str, type[VLM]] = {"qwen3_vl": Qwen3VL, "qwen2_5_vl": Qwen25VL, "mllama": Mllama}
 
@@ -44,8 +44,7 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     config = read_settings(folder, "config.json")
     family = family_of(config)
 
-    with torch.device("meta"):                          # no memory is taken until the weights are read
-        vlm = family(config)
+    vlm = empty_vlm(config)
     vlm.folder = folder
     vlm.processor = family.make_processor(folder, config)
     vlm.stop_ids = read_stop_ids(folder)
@@ -56,6 +55,12 @@ def load_vlm(path_or_hub_id: str | Path, device: torch.device | str = "cpu",
     })
     vlm.disk_names, vlm.file_dtype = load_weights(vlm, folder, family.RENAME, device, dtype)
     return vlm.eval()
+
+
+def empty_vlm(config: Settings) -> VLM:
+    """The model of a config.json without its weights, on the meta device: shapes, which take no memory."""
+    with torch.device("meta"):
+        return family_of(config)(config)
 
 
 def family_of(config: Settings) -> type[VLM]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ ADAM_MOMENTS = 2                                        # of each trained weight
 
 # ---- folders
 
-def resolve_folder(path_or_hub_id: str | Path) -> Path:
-    """A local folder as it is; otherwise a hub id, downloaded (weights as safetensors only)."""
+def resolve_folder(path_or_hub_id: str | Path, files: Sequence[str] = (*COPIED_FILES, "*.safetensors")) -> Path:
+    """A local folder as it is; otherwise a hub id, of which these `files` are downloaded."""
     path = Path(path_or_hub_id)
     if os.path.isdir(path):                             # False for a name that is too long, where is_dir() raises
         return path
@@ -49,7 +49,7 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[*COPIED_FILES, "*.safetensors"]))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path_or_hub_id} is not a local folder and cannot be downloaded: {reason}") from None
@@ -158,7 +158,7 @@ def load_weights(model: nn.Module, folder: Path, rename: tuple[tuple[str, str], 
                 tensor = tensors.get_tensor(disk_name)
                 _check_tensor(tensor, shapes[name], f"{path}: {name}")
                 file_dtype = tensor.dtype
-                _set_parameter(model, name, tensor.to(device=device, dtype=dtype or file_dtype))
+                set_parameter(model, name, tensor.to(device=device, dtype=dtype or file_dtype))
     return disk_names, file_dtype
 
 
@@ -250,8 +250,8 @@ def _check_tensor(tensor: Tensor, shape: torch.Size, what: str) -> None:
         raise ValueError(f"{what} holds NaN or infinity")
 
 
-def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put `tensor` where the parameter `name`, "model.layers.0.norm.weight", stands on the meta device."""
+def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the parameter `name`, "model.layers.0.norm.weight", stands."""
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
     setattr(module, attribute, nn.Parameter(tensor, requires_grad=True))

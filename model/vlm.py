@@ -78,9 +78,12 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) in the compute dtype, aligned with batch.input_ids."""
-        features = self.image_features(batch)
-        hidden = self.hidden(batch, features)           # (B, T, H)
+        hidden = self.hidden_states(batch)              # (B, T, H)
         return self.logits(hidden)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states (B, T, H), pictures encoded on the way: a training pass up to the head."""
+        return self.hidden(batch, self.image_features(batch))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""

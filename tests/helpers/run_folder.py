@@ -14,6 +14,7 @@ class Flags:
     lr: float = 0.1
     keep: int = 2
     resume: bool = False
+    shard: bool = False
     device: str = "cpu"
 
 

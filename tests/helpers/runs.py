@@ -75,13 +75,13 @@ def command(patch: pytest.MonkeyPatch, *words: str) -> int:
         return stop.code
 
 
-def spawn(program: Sequence[str], *words: str) -> subprocess.CompletedProcess[str]:
+def spawn(program: Sequence[str], *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Python with `program` and a command line, in a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     child = subprocess.Popen([sys.executable, *program, *words], cwd=ROOT, env=env, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        out, err = child.communicate(timeout=120)
+        out, err = child.communicate(timeout=timeout)
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)                            # with the processes that it started

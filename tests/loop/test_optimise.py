@@ -30,7 +30,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def settings(**given: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"dtype": None, "trainable": "language", "lora_rank": 0, "recompute": False,
-                              "feature_cache_gb": 1.0, "seed": 0, "eager": True,
+                              "shard": False, "feature_cache_gb": 1.0, "seed": 0, "eager": True,
                               "min_pixels": None, "max_pixels": None} | given)
 
 

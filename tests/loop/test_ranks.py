@@ -24,6 +24,7 @@ class Flags:
     out: str
     keep: int = 2
     resume: bool = False
+    shard: bool = False
     device: str = "cpu"
 
 

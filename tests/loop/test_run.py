@@ -191,7 +191,8 @@ def test_write_json_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 # ---- a run's folder
 
 def test_start_writes_what_the_run_depends_on(run: Run) -> None:
-    assert json.loads((run.folder / "config.json").read_text()) == {"lr": 0.1, "keep": 2, "reference": "abc"}
+    assert json.loads((run.folder / "config.json").read_text()) == {
+        "lr": 0.1, "keep": 2, "shard": False, "reference": "abc"}
     assert names(run.folder) == [".lock", "checkpoints", "config.json"]
 
 
