@@ -206,7 +206,7 @@ def test_one_student_serves_all(world: World, capsys: pytest.CaptureFixture) -> 
     lines = said.out.splitlines()
     assert [line.split()[0] for line in lines[1:3]] == ["PASS", "BLOCK"]           # the best agreement first
     assert all(word in lines[0] for word in ("parameters", "seconds_per_verdict", "cost"))
-    assert lines[-1] == report["recommendation"] and "of 2 verifiers" in report["recommendation"]
+    assert lines[-2] == report["recommendation"] and "of 2 verifiers" in report["recommendation"]
     assert "right: verdicts (json)" in said.err and "student: samples" in said.err
 
 
