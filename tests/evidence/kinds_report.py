@@ -132,16 +132,16 @@ def share(rows: Iterable[Row], holds: Callable[[Row], bool], cluster: Callable[[
     return clustered_proportion([(sum(row), len(row)) for row in counts.values()], alpha)
 
 
-def told(rows: Sequence[Row], holds: Callable[[Row], bool]) -> str:
-    """3 of 40; by verifier [low, high], one-sided below high; by kind [low, high]."""
+def told(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[str]:
+    """Three cells: 3 of 40 [low, high] by verifier; its one-sided 95 % bound; [low, high] by kind."""
     if not rows:
-        return "none"
+        return ["none", "-", "-"]
     count = sum(holds(row) for row in rows)
     by_verifier = share(rows, holds, verifier_of)
     by_kind = share(rows, holds, kind_of)
     bound = share(rows, holds, verifier_of, ONE_SIDED)["high"]
-    return (f"{count} of {len(rows)} [{by_verifier['low']:.2f}, {by_verifier['high']:.2f}], below {bound:.3f}; "
-            f"by kind [{by_kind['low']:.2f}, {by_kind['high']:.2f}]")
+    return [f"{count} of {len(rows)} [{by_verifier['low']:.2f}, {by_verifier['high']:.2f}]", f"{100 * bound:.1f} %",
+            f"[{by_kind['low']:.2f}, {by_kind['high']:.2f}]"]
 
 
 def with_outcome(rows: Iterable[Row], wanted: str) -> list[Row]:
@@ -172,12 +172,13 @@ def half_report(title: str, rows: Sequence[Row]) -> list[str]:
         f"## {title}", "",
         f"{len(pooled)} runs, {len(distinct)} distinct: " + ", ".join(f"{n} {name}" for name, n in counts.items())
         + f". Worst kind: {worst_kind(pooled)}.", "",
-        "| rule | harmful runs let through | helpful runs stopped | neither, let through |", "|---|---|---|---|"]
+        "| rule | harmful runs let through | below | by kind | helpful runs stopped | below | by kind | neither, let "
+        "through |", "|---|---|---|---|---|---|---|---|"]
     for name, rule in RULES.items():
         harmful = told(with_outcome(pooled, "harmful"), rule)
         helpful = told(with_outcome(pooled, "helpful"), lambda row, rule=rule: not rule(row))
         neither = told(with_outcome(pooled, "neither"), rule)
-        lines.append(f"| {name} | {harmful} | {helpful} | {neither} |")
+        lines.append(f"| {' | '.join([name, *harmful, *helpful, neither[0]])} |")
     return [*lines, "", *kind_table(rows), ""]
 
 
@@ -246,6 +247,6 @@ HEAD = """\
 
 Made by `python tests/evidence/kinds.py`: {runs} runs, all trained with `--force` to the end, {hours:.1f} core hours. A
 run is harmful if the paired 95 % interval of its change on 1,000 items that no gate reads lies below 0, helpful if
-above. Shares have 95 % intervals by verifier, which speak of these kinds alone, the one-sided 95 % bound, and intervals
-by kind.
+above. Shares have 95 % intervals by verifier, which speak of these kinds alone; "below" is their one-sided 95 % bound;
+intervals by kind speak of kinds like these.
 """

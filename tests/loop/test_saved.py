@@ -166,6 +166,7 @@ def test_a_refused_checkpoint_changes_nothing(vlm: VLM, tmp_path: Path) -> None:
         resume: bool = False
         device: str = "cpu"
         keep: int = 2
+        shard: bool = False
 
     optimiser = trained_once(vlm)
     replay = ReplayBuffer(capacity=4, min_margin=0.0)

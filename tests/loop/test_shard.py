@@ -17,7 +17,7 @@ from loop.pilot import put_back
 from loop.ranks import LostRank, Ranks, others_answering
 from loop.run import Run
 from loop.saved import check_training_state
-from loop.shard import gathered, is_sharded, local, whole
+from loop.shard import gathered, is_sharded, local, share_out, whole
 from loop.shard_files import replace_tensors
 from model import load_vlm
 from model.vlm import VLM
@@ -59,7 +59,7 @@ def test_one_process_has_nothing_to_share() -> None:
     before = list(vlm.parameters())
     with whole(vlm, torch.bfloat16) as model:
         assert model is vlm
-    train.share_out(vlm)
+    share_out(vlm)
     assert all(a is b for a, b in zip(before, vlm.parameters(), strict=True))
     assert not is_sharded(before[0]) and gathered(before[0]) is before[0] and local(before[0]).equal(before[0])
 
