@@ -40,6 +40,7 @@ from eval import load_task
 from loop import demo, existing_pairs
 from loop.asking import begin_pictures, greedy_answers, verdicts
 from loop.disk import check_disk
+from loop.endpoint import is_served
 from loop.gates import deploy_gate, gate_before
 from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.loading import pairs_at_once
@@ -122,6 +123,8 @@ class Config(existing_pairs.PairFlags, RequestFlags):
         super().__post_init__()
         if self.force and self.task is None:
             raise ValueError("--force has no meaning without --task")
+        if self.pairs and is_served(self.verifier):
+            raise ValueError("--verifier has no meaning with --pairs: no verifier is asked")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError(f"--label-smoothing {self.label_smoothing} has no meaning with "
                              "--loss-type ipo")

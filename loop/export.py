@@ -19,6 +19,7 @@ from loop.pair_files import FOLDER, answer
 from tasks.endings import EXPECTED, end, exit_with, say
 from tasks.flags import Parser
 from tasks.jsonl import write_whole
+from tasks.pictures import PictureFile
 from tasks.preferences import MARK, Preference, load_preferences, with_placeholders
 
 Rows = list[dict[str, Any]]
@@ -77,9 +78,9 @@ def marked_messages(pair: Preference) -> tuple[Rows, list[str]]:
     return messages, absolute(pictures)
 
 
-def absolute(pictures: Sequence[bytes | Path]) -> list[str]:
+def absolute(pictures: Sequence[PictureFile]) -> list[str]:
     """The absolute paths of a run's pictures."""
-    return [str(Path(picture).resolve()) for picture in pictures if isinstance(picture, Path)]
+    return [str(Path(picture.source).resolve()) for picture in pictures if isinstance(picture.source, Path)]
 
 
 def why_left_out(pair: Preference, to: str) -> str | None:

@@ -105,5 +105,6 @@ def failed_requests(run: Run) -> dict[str, int]:
     if not is_served(run.cfg.verifier):
         return {}
     run.ranks.barrier()                                 # every rank has written what it was answered
-    log = AnswerLog(*sorted((run.folder / SERVED).glob("rank-*.jsonl")))
+    folder = run.folder / SERVED
+    log = AnswerLog(folder / "rank-0.jsonl", *sorted(folder.glob("rank-*.jsonl")))
     return {"failed_requests": log.count_failed()}

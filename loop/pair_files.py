@@ -8,7 +8,6 @@ A picture that is there is not written again, so a run that is resumed, or meets
 """
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from loop.run import Run
 from replay import Pair
 from tasks import Item
 from tasks.jsonl import write_bytes_whole
-from tasks.pictures import encoded_bytes, png_bytes
+from tasks.pictures import PictureFile, png_bytes
 from tasks.preferences import with_placeholders
 
 FOLDER = "pairs"
@@ -43,12 +42,11 @@ def complete_pairs(run: Run, number: int, pairs: Sequence[Pair], items: Sequence
 def pair_row(pair: Pair, item: Item, folder: Path) -> dict[str, Any]:
     """A pair as a line of the file; its pictures are written below `folder`, which will hold the file."""
     prompt, pictures = with_placeholders(item)
-    owner = f"item {item.id!r:.80}"
     return {
         "prompt": prompt,
         "chosen": answer(pair.chosen_text),
         "rejected": answer(pair.rejected_text),
-        "images": [write_picture(picture, owner, folder) for picture in pictures],
+        "images": [write_picture(picture, folder) for picture in pictures],
         "item_id": pair.item_id,
         "margin": None if pair.chosen_score is None else pair.margin,
         "chosen_score": pair.chosen_score,
@@ -69,10 +67,9 @@ def answer(text: str) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
 
-def write_picture(picture: bytes | Path, owner: str, folder: Path) -> str:
+def write_picture(picture: PictureFile, folder: Path) -> str:
     """Write a picture below `folder`, once; returns its path relative to it."""
-    digest = hashlib.sha256(encoded_bytes(picture)).hexdigest()
-    path = folder / IMAGES / f"{digest}.png"
+    path = folder / IMAGES / f"{picture.digest}.png"
     if not path.exists():
-        write_bytes_whole(path, png_bytes(picture, owner))
+        write_bytes_whole(path, png_bytes(picture.source, picture.owner))
     return f"{IMAGES}/{path.name}"

@@ -330,11 +330,16 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     A served model is the same by its name alone: its server may have been started again, elsewhere.
     """
     for name in sorted(set(before) | set(now)):
-        if without_place(before.get(name)) != without_place(now.get(name)):
+        if not is_same(before.get(name), now.get(name)):
             raise ValueError(f"cannot resume: {name} is {now.get(name)!r:.200} and was {before.get(name)!r:.200} at "
                              "the start")
 
 
-def without_place(value: Any) -> Any:
-    """A setting; of a served model's address its name, behind "#"."""
-    return f"#{value.partition('#')[2]}" if isinstance(value, str) and is_served(value) else value
+def is_same(before: Any, now: Any) -> bool:
+    """Two equal settings, or addresses of a served model by one name. One without a name may be it: start() will tell."""
+    if before == now:
+        return True
+    if not (isinstance(before, str) and isinstance(now, str) and is_served(before) and is_served(now)):
+        return False
+    names = [address.partition("#")[2] for address in (before, now)]
+    return names[0] == names[1] or "" in names

@@ -20,7 +20,7 @@ LEFTOVERS = (                                           # of a process that was 
 # All that train.py and judge.py write, part by part of a path: files, and folders that hold a model.
 RUN_FILES = (
     "config.json", METRICS, SUMMARY, "gate_records.jsonl", "held_out.jsonl", "trained_on.jsonl", "pairs/*.jsonl",
-    "pairs/images/*.png", "candidates/*.jsonl", "export/*/*.json*", "checkpoints/step-*/state.pt",
+    "pairs/images/*.png", "candidates/*.jsonl", "served/*.jsonl", "export/*/*.json*", "checkpoints/step-*/state.pt",
     "checkpoints/.step-*/state.pt", "checkpoints/*/shards/*", LOCK, "report.html", "report.html.*.tmp", "*.json*.tmp",
     "pairs/*.json*.tmp", "pairs/images/*.png*.tmp", "candidates/*.json*.tmp")
 MODEL_FOLDERS = ("deploy", "candidate", ".candidate.*", ".deploy.*")

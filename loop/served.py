@@ -328,19 +328,20 @@ class Pictures:
     """Pictures as data URLs of PNG, each encoded once: the prompts of an item's candidates share its picture."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()                    # the prompts of an item are made at the same time
         self.urls: dict[int, tuple[object, str]] = {}      # by id; held, so that no other picture gets it
 
     def url(self, image: Image.Image | EncodedPicture) -> str:
         """The pixels that a local model would see, in RGB and without metadata."""
-        known = self.urls.get(id(image))
-        if known is None:
-            rgb = open_rgb(image) if is_encoded(image) else to_rgb(image)
-            plain = Image.frombytes("RGB", rgb.size, rgb.tobytes())
-            encoded = io.BytesIO()
-            plain.save(encoded, "PNG")
-            known = (image, "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode())
-            self.urls[id(image)] = known
-        return known[1]
+        with self.lock:
+            if id(image) not in self.urls:
+                rgb = open_rgb(image) if is_encoded(image) else to_rgb(image)
+                plain = Image.frombytes("RGB", rgb.size, rgb.tobytes())
+                encoded = io.BytesIO()
+                plain.save(encoded, "PNG")
+                url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+                self.urls[id(image)] = (image, url)
+            return self.urls[id(image)][1]
 
 
 def as_prompt(chat: Chat, pictures: Pictures) -> Prompt:
@@ -384,6 +385,8 @@ def read_answer(value: Any, choices: int, read_logprobs: Callable[[Any], Any] | 
         if not isinstance(text, str) or not isinstance(reason, (str, type(None))):
             raise BadAnswer("the answer is no chat completion")
 
+    # Half a surrogate pair, of an emoji that was cut off, is no text that a file can hold.
+    kept = [[text.encode(errors="replace").decode(), reason] for text, reason in kept]
     are_known = all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts)
     is_one = len(kept) == 1                             # the counts are those of all choices together
     return {

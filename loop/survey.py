@@ -129,6 +129,8 @@ def ask_student(cfg: SurveyConfig, student: AnyModel, items: Sequence[Item], ask
 def survey_all(cfg: SurveyConfig, verifier: AnyModel, items: Sequence[Item], part: Sequence[Item],
                answered: Answered) -> Surveyed:
     """One verifier on all of the items; it is not asked about those that are not in `part`."""
+    if not part:
+        raise ValueError("no candidate is there to be judged: every request to the student failed")
     own = verifier.greedy(part)
     scores, parameters = verifier.judge(part, [answered.texts(item) for item in part])
     return Surveyed(make_records(items, part, answered, own, scores), {"parameters": parameters})

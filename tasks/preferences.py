@@ -24,7 +24,7 @@ from typing import Any
 from tasks import Item, message_content
 from tasks.jsonl import read_lines
 from tasks.loading import column, data_path, encoded_image, read_parquet, read_rows, shown, shown_path, text_column
-from tasks.pictures import picture_size
+from tasks.pictures import PictureFile, picture_size
 
 FILES = (".jsonl", ".json", ".parquet")
 COLUMNS = ("prompt", "question", "messages", "conversations", "chosen", "rejected", "rejected_response", "completion",
@@ -310,11 +310,12 @@ def own_id(row: dict) -> str | None:
 
 # ---- back again
 
-def with_placeholders(item: Item) -> tuple[list[dict], list[bytes | Path]]:
-    """item.chat() with {"type": "image"} in each picture's place, and the pictures in that order, still encoded."""
-    pictures: list[bytes | Path] = []
-    chat = item.chat_with(lambda encoded, owner: pictures.append(encoded))
+def with_placeholders(item: Item) -> tuple[list[dict], list[PictureFile]]:
+    """item.chat() with {"type": "image"} in each picture's place, and the pictures in that order."""
+    pictures = []
+    chat = item.lazy_chat()
     for message in chat:
         for part in message["content"]:
-            part.pop("image", None)
+            if part["type"] == "image":
+                pictures.append(part.pop("image"))
     return chat, pictures

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")          # for the programs that t
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
+from cpu_torchvision import import_torchvision
 from pretended_gpu import PretendedGPU
 
+TORCHVISION = import_torchvision() if find_spec("torchvision") else None       # before any test imports transformers
 PRETENDED = pytest.StashKey[bool]()
 
 

@@ -24,6 +24,7 @@ from loop.report.page import PAGE, Notes, Page, Section, Table, Tile, Tiles, Ver
 from loop.report.rows import Answered, Room, Row, cut, fill, picture_views, question_of, truth_of
 from tasks import Item
 from tasks.endings import say
+from tasks.preferences import load_preferences
 from tasks.splits import Splits, by_id
 
 AFTER_FIGURES = {                                       # of the gate after it
@@ -39,9 +40,14 @@ DEMO_TASKS = ("bar", "red")                             # of a run that names no
 
 def load_items(settings: Mapping[str, Any]) -> dict[str, Item]:
     """The task's items by id; none, and a sentence, where they cannot be read."""
-    items = []
+    items: list[Item] = []
+    pairs = settings.get("pairs")
+    tasks = [settings["task"]] if settings["task"] else DEMO_TASKS
     try:
-        for task in [settings["task"]] if settings["task"] else DEMO_TASKS:
+        if pairs:
+            items += load_preferences(pairs)
+            tasks = tasks if settings["task"] else []
+        for task in tasks:
             items += load_task(task, settings["data"], settings["split"])
         if settings["train_split"]:
             items += load_task(settings["task"], settings["data"], settings["train_split"])
@@ -64,7 +70,7 @@ def training_page(folder: Path, items: Items) -> Page:
     settings = read_object(folder / "config.json")
     word, tone, lead = outcome(summary)
     return Page(
-        title=f"{settings['task']}: {word}",
+        title=f"{settings['task'] or 'Pairs that exist'}: {word}",
         program=f"train.py, {folder}",
         tone=tone,
         lead=lead,
@@ -77,12 +83,15 @@ def outcome(summary: Mapping[str, Any]) -> tuple[str, str, str]:
     if not summary:
         return "not ended", "plain", "This run has not ended."
     post_gate = summary["post_gate"]
+    if post_gate is None and summary["pre_gate"] is None:
+        return "not measured", "plain", ("Nothing was measured (--no-evaluate), so nothing is deployed. The trained "
+                                         "student is in candidate/.")
     if post_gate is None:
         return "blocked", "bad", ("The gate before training says that this verifier may not train this student, so "
                                   "nothing was trained.")
     if "difference" not in post_gate:
-        return "stopped", "bad", ("Watched accuracy fell significantly while the student was trained, so the run was "
-                                  "stopped. Nothing is deployed.")
+        return "stopped", "bad", ("The run was stopped on a warning while the student was trained, and nothing is "
+                                  f"deployed. {post_gate['reasons'][-1]}")
 
     before, after = summary["baseline_accuracy"], summary["final_accuracy"]
     moved = f"Held-out accuracy went from {before['value']:.3f} to {after['value']:.3f}"
@@ -103,7 +112,7 @@ def training_sections(folder: Path, items: Items, room: Room, curves: bool = Tru
     sections = [Section("What the gates say", blocks=[
         verdicts(summary),
         tiles(summary, log),
-        Notes(summary.get("warnings", []), f"{len(summary.get('warnings', []))} warnings of watched accuracy"),
+        Notes(summary.get("warnings", []), f"{len(summary.get('warnings', []))} warnings"),
     ])]
     if curves and log:
         sections.append(Section("What the loss hides", CURVES_SAY, [curve_panels(log, settings)]))
@@ -226,7 +235,7 @@ def settings_notes(settings: Mapping[str, Any]) -> Notes:
 def pairs_section(folder: Path, items: Items, room: Room) -> Section | None:
     """The pairs that were trained on; of a run that the gate stopped, those that the gate looked at."""
     candidates = read_candidates(folder)
-    title = "The pairs that were trained on"
+    title = "The pairs that the rounds formed"
     place = "candidates/ and pairs/"
     if not candidates:
         candidates = read_gate_candidates(folder)

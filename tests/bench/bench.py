@@ -73,6 +73,7 @@ from bench_peers import (
     unresized,
     write_checkpoint,
 )
+from cpu_torchvision import import_torchvision
 from dpo import sequence_logps
 from eval import load_task, make_item
 from eval import score as exact_match
@@ -412,7 +413,7 @@ def main() -> int:
         side, job, name, folder = args.side
         size = SIZES[name] if args.samples is None else replace(SIZES[name], samples=args.samples)
         if side == "peer" and not bench_peers.missing(["sampling"]):
-            bench_peers.import_torchvision()
+            _library = import_torchvision()                     # kept alive
         print(json.dumps((SIDES if side == "ours" else bench_peers.SIDES)[job](size, Path(folder))))
         return 0
     if args.json and not args.json.resolve().parent.is_dir():

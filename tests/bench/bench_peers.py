@@ -6,11 +6,9 @@ same: no gradient checkpointing, no truncation, the whole vocabulary sampled, th
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -235,20 +233,6 @@ def measure_load(size: Size, folder: Path, build: Callable[[], Any], load: Calla
 
 
 # ---- the peers' sides
-
-def import_torchvision() -> None:
-    """transformers' processors need it, and it must come before them. One built for CUDA looks for two operators that a
-    CPU torch lacks; declaring them, without code, makes it importable."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        import_torchvision.library = torch.library.Library("torchvision", "DEF")    # kept alive
-        for name in ("nms", "qnms"):
-            import_torchvision.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
-
 
 def load_processor(folder: Path) -> Any:
     from transformers import AutoProcessor

@@ -58,7 +58,8 @@ def chats(count: int) -> list[list[dict[str, Any]]]:
 
 def student_of(folder: Path, cfg: Config, shard: bool) -> VLM:
     flags = SimpleNamespace(dtype=cfg.dtype, trainable=cfg.trainable, lora_rank=cfg.lora_rank, seed=0, eager=True,
-                            min_pixels=None, max_pixels=None, recompute=cfg.recompute, feature_cache_gb=0.0, shard=shard)
+                            min_pixels=None, max_pixels=None, recompute=cfg.recompute, feature_cache_gb=0.0,
+                            shard=shard)
     return load_trainable(str(folder), flags, torch.device("cpu"))
 
 

@@ -33,7 +33,7 @@ def test_page_of_a_run(tmp_path: Path) -> None:
     told = ["bar: promoted", "Held-out accuracy went from 0.400 to 0.700, while the DPO loss went from 0.693 to 0.500",
             "why before", "why after", "9.5", "900 tokens/s", "1.2 GB", "preprocessing 25%", "watched accuracy</figcap",
             "DPO loss</figcaption>", "interval not known", "margin at least 0.5, 7 pairs", "round 1, 6 pairs",
-            "The pairs that were trained on", "wrong way, margin 0.90", "right before, wrong now", "config.json"]
+            "The pairs that the rounds formed", "wrong way, margin 0.90", "right before, wrong now", "config.json"]
     places = [page.find(words) for words in told]
     assert -1 not in places and places == sorted(places)
     assert page.startswith("<!DOCTYPE html>") and "<script" not in page and "http://" not in page

@@ -465,6 +465,7 @@ def test_no_length_of_a_served_model_is_known() -> None:
 
 def test_a_served_model_is_the_same_elsewhere() -> None:
     check_same({"verifier": "http://h:1/v1#name"}, {"verifier": "https://other/v1#name"})
+    check_same({"verifier": "http://h:1/v1"}, {"verifier": "https://other/v1#name"})       # start() compares the names
     for other in ("http://h:1/v1#another", "name", "#name2"):
         with pytest.raises(ValueError, match=re.escape(f"verifier is '{other}' and was 'http://h:1/v1#name'")):
             check_same({"verifier": "http://h:1/v1#name"}, {"verifier": other})

@@ -25,14 +25,13 @@ TINY = ROOT / "model" / "tiny"
 COSTS = ("seconds_per_verdict", "tokens_per_verdict", "parameters", "cost")
 SECONDS_TO_START = 600                                  # on a machine that is busy
 
-for package in ("transformers", "fastapi", "uvicorn", "openai"):
+for package in ("transformers", "torchvision", "fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason='needs pip install "transformers[serving]" torchvision')
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that loads what it is asked for: a model's name is its folder."""
-    pytest.importorskip("serve_transformers").import_torchvision()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

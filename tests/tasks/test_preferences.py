@@ -60,7 +60,8 @@ def test_formats(row: dict, tmp_path: Path) -> None:
     [turn] = pair.chat()
     picture, question = turn["content"]
     assert turn["role"] == "user" and picture["image"].size == (5, 4) and question == text("How many?")
-    assert with_placeholders(pair) == (TRL["prompt"], [tmp_path / "a.png"])
+    prompt, pictures = with_placeholders(pair)
+    assert prompt == TRL["prompt"] and [picture.source for picture in pictures] == [tmp_path / "a.png"]
 
 
 def test_a_conversation(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_conversation(tmp_path: Path) -> None:
                                          ("assistant", ("One.",)), ("user", ("and", 1)))
     assert [turn["role"] for turn in pair.chat()] == ["system", "user", "assistant", "user"]
     _, pictures = with_placeholders(pair)
-    assert pictures == [tmp_path / "b.png", tmp_path / "a.png"]
+    assert [picture.source for picture in pictures] == [tmp_path / "b.png", tmp_path / "a.png"]
 
 
 def test_pictures_that_no_turn_names_come_first(tmp_path: Path) -> None:

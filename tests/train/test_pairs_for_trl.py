@@ -47,9 +47,6 @@ def test_dpotrainer_trains_an_epoch(pairs: Any, tmp_path: Path, monkeypatch: pyt
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
-    import bench_peers
-    bench_peers.import_torchvision()
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import DPOConfig, DPOTrainer
 
