@@ -336,7 +336,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def is_same(before: Any, now: Any) -> bool:
-    """Two equal settings, or addresses of a served model by one name. One without a name may be it: start() will tell."""
+    """Equal settings, or addresses of a served model by one name. One without a name may be it: start() will tell."""
     if before == now:
         return True
     if not (isinstance(before, str) and isinstance(now, str) and is_served(before) and is_served(now)):

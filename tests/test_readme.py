@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -26,6 +27,7 @@ MODEL = ROOT / "model" / "README.md"
 TESTS = ROOT / "tests" / "README.md"
 PAGES_WITH_FILES = [page for page in PAGES if "\n## The files\n" in TEXT[page]]
 EVIDENCE = (ROOT / "tests" / "evidence" / "table.md").read_text(encoding="utf-8")
+KINDS = (ROOT / "tests" / "evidence" / "kinds.md").read_text(encoding="utf-8")
 
 # program as it is called -> (folder that Python looks in first, module, the function that parses the command line)
 PROGRAMS = {
@@ -35,10 +37,12 @@ PROGRAMS = {
     "gate.py": ("", "gate", "main"),
     "-m loop.make_tiny": ("", "loop.make_tiny", "main"),
     "-m loop.export": ("", "loop.export", "main"),
+    "-m loop.memory": ("", "loop.memory_table", "cli"),
     "tests/bench/bench.py": ("tests/bench", "bench", "main"),
     "tests/bench/counts.py": ("tests/bench", "counts", "main"),
     "tests/bench/scaling.py": ("tests/bench", "scaling", "main"),
     "tests/evidence/evidence.py": ("tests/evidence", "evidence", "main"),
+    "tests/evidence/kinds.py": ("tests/evidence", "kinds", "main"),
     "tests/helpers/compare_layers.py": ("tests/helpers", "compare_layers", "main"),
 }
 WITHOUT_FLAGS = {"-m loop.demo", "-m loop.report"}
@@ -281,22 +285,40 @@ def test_the_lines_of_speed_are_those_of_the_benchmark() -> None:
 
 @pytest.mark.parametrize("page", [README, TESTS], ids=NAMES.get)
 def test_the_rules_are_those_of_the_evidence(page: Path) -> None:
-    """What each rule allowed and blocked, and the numbers of runs, are those of evidence/table.md."""
+    """What each rule let through and stopped, and the numbers of runs, are those of evidence/kinds.md."""
     text = section(TEXT[page], "## The evidence")
-    ours = by_name(table(text)[1:])
-    committed = committed_table("## The rules, at the thresholds of gate.py")
-    for name in ("published", "own answers", "direction"):
-        assert ours[name][1:] == committed[name][2:4]
-    assert ours["ours, all three"][1:] == committed["ours: all three"][2:4]
+    head, *rows = table(text)
+    judged = section(KINDS, "## Judged on")
+    committed_head, *committed_rows = table(judged)
+    committed = by_name(committed_rows)
+    assert len(rows) >= 3
+    for row in rows:
+        for name, cell in zip(head, row, strict=True):
+            place = committed_head.index(name) if head.count(name) == 1 else None
+            if place is not None:
+                assert cell == committed[row[0]][place], (row[0], name)
+    if page == TESTS:
+        assert rows == committed_rows
 
-    after = re.search(r"promoted (0 of 60) harmful, \d of 8 neither, (\d+) of 92 helpful", EVIDENCE)
-    assert after
-    rejected = f"{92 - int(after[2])} of 92"
-    assert ours["gate after training (promoted, rejected)"][1:] == [after[1], rejected]
+    counts = re.search(r"(\d+) harmful, \d+ neither, (\d+) helpful", judged)
+    assert counts
+    words = " ".join(text.split())
+    assert f"({counts[1]})" in words and f"({counts[2]})" in words
+    runs = [json.loads(line) for line in (ROOT / "tests" / "evidence" / "kinds.jsonl").read_text().splitlines()]
+    judging = [run for run in runs if run["half"] == "judge" and run["gates"] == "replay"]
+    pooled = re.search(r"(\d+) runs, \d+ distinct", judged)
+    assert pooled and (f"{pooled[1]} runs" if page == README else f"{len(judging)} runs") in words
 
-    whole = re.search(r"(\d+) runs, all trained with `--force`, (\d+) verifiers and (\d+) students", EVIDENCE)
-    assert whole and f"{whole[1]} runs with `--force`: {whole[2]} verifiers, {whole[3]} students" in text
-    assert "60 harmful, 8 neither, 92 helpful" in EVIDENCE and "harmful (60) or helpful (92)" in text
+
+def test_what_was_chosen_on_is_what_was_run() -> None:
+    """The sentence on the half to choose on."""
+    chosen = section(KINDS, "## Chosen on")
+    text = " ".join(section(TEXT[TESTS], "### Chosen on").split())
+    gate = by_name(table(chosen)[1:])["the gate"]
+    through = without_interval(gate[1])
+    stopped = without_interval(gate[4])
+    assert f"lets {through} harmful runs through" in text
+    assert f"stops {stopped} helpful ones" in text
 
 
 def test_the_sentences_are_those_of_the_evidence() -> None:
@@ -322,12 +344,8 @@ def test_the_sentences_are_those_of_the_evidence() -> None:
     bar = without_count(agreement["`bar`"][2])
     assert f"{red} on `red` and {bar} on `bar`" in text
 
-    _, threshold, allowed, blocked, _ = committed_table("## The rules, on verifier seeds 1 and 2")["direction"]
-    assert float(threshold) == 0.4                      # above 1/2, hence 0.9
-    assert "`gate.py --min-direction 0.9`" in text
-    allowed = without_interval(allowed)
-    blocked = without_interval(blocked)
-    assert f"allowed {allowed} harmful runs and blocked {blocked} helpful ones" in text
+    harmful = re.search(r"(\d+) harmful, 8 neither, (\d+) helpful", EVIDENCE)
+    assert harmful and "160 runs, 2026-11-20, with 12 trained verifiers" in text
 
 
 def without_count(cell: str) -> str:

@@ -41,7 +41,7 @@ from kinds_verifiers import KINDS, Spoiled, make_verifier
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.jsonl import write_whole
 
-DRAWS = {"choose": 4, "judge": 15}                      # of each kind
+DRAWS = {"choose": 4, "judge": 5}                       # of each kind
 STUDENTS = (("student", 0), ("student", 1), ("student-weak", 0), ("student", 2), ("student", 3), ("student-weak", 1),
             ("student", 4))
 TASKS = ("bar", "red")
@@ -52,7 +52,7 @@ TRAINED = {
     "trained, knows both": ("judge", "verifier-0"),
 }
 FRESH = ("overconfident", "noise, q 0.75 to 0.95", "other quantity", "trained, blind to colour")    # and some draws:
-FRESH_DRAWS = 6
+FRESH_DRAWS = 5
 PILOT = 20                                              # steps of the gate's own
 LONG_PILOT = 60                                         # of another one, which was tried on the half to choose on
 ITEMS = 4096                                            # of a task, from which a run's splits are cut; those behind

@@ -2,16 +2,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kinds
+import kinds_report
 from eval import load_task
 from gate import clustered_proportion
 from kinds import TRAINED, Config, Setting
-from kinds_report import OURS, RULES, half_report, outcome, told, worst_kind, write_report
+from kinds_report import OURS, RULES, half_report, outcome, read_runs, told, worst_kind, write_report
 from kinds_verifiers import KINDS, make_verifier
 
 COMMITTED = kinds.RESULTS
@@ -163,3 +165,15 @@ def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kinds.run(Config(results=str(tmp_path), report=True), settings, {}) == 0
     assert len(asked) == 2
     assert kinds.run(Config(results=str(tmp_path / "none"), report=True), settings, {}) == 1
+
+
+def test_committed_report(tmp_path: Path) -> None:
+    """kinds.md is what --report makes of kinds.jsonl; every kind has its draws; the recorded gate is what its figures
+    and its pilot say."""
+    rows = read_runs(kinds.RESULTS / "kinds.jsonl")
+    assert (kinds.RESULTS / "kinds.md").read_text(encoding="utf-8") == write_report(rows, tmp_path / "kinds.md")
+    settings = [setting for half in ("choose", "judge") for setting in kinds.settings_of(half)]
+    assert {kinds.run_key(run) for run in rows} == {kinds.run_key(asdict(setting)) for setting in settings}
+    for run in rows:
+        held = kinds_report.figures_hold(run) and kinds_report.pilot_holds(run, kinds.PILOT)
+        assert held is (run["gate"] == "PASS"), (run["kind"], run["draw"])
