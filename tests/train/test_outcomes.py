@@ -17,7 +17,7 @@ from train import Config
 def test_block_trains_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert start(config(out, task="red", force=False)) == 3
-    assert set(tree(out)) == {"checkpoints", "config.json", "gate_records.jsonl", "summary.json"}
+    assert set(tree(out)) == {"checkpoints", "config.json", "gate_records.jsonl", "report.html", "summary.json"}
     found = summary(out)
     assert found["pre_gate"]["verdict"] == "BLOCK" and found["pre_gate"]["reasons"] and found["post_gate"] is None
     assert found["steps"] == 0 and found["loss_first"] is found["loss_last"] is found["final_accuracy"] is None
@@ -124,7 +124,8 @@ def test_promoted_weights_are_the_deployed_ones(tmp_path: Path, monkeypatch: pyt
     assert found["final_accuracy"]["value"] > found["baseline_accuracy"]["value"]
     deployed, frozen = load_vlm(out / "deploy", dtype=None), load_vlm(Config().student, dtype=None)
     assert deployed.dtype == frozen.dtype == torch.bfloat16
-    assert {p.name for p in (out / "deploy").iterdir()} == {p.name for p in Path(Config().student).iterdir()}
+    published = {path.name for path in Path(Config().student).iterdir()}
+    assert {path.name for path in (out / "deploy").iterdir()} == published | {"README.md"}
     items = [by_id()[row["id"]] for row in told]
     deployed = load_vlm(out / "deploy")
     right = [score(item, answer.text).correct for item, [answer] in
