@@ -179,7 +179,7 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path, tmp_path: Path, mo
     ended["post_gate"]["verdict"] = verdict
     (tmp_path / "run" / "summary.json").write_text(json.dumps(ended))
     before = tree(tmp_path / "run")
-    monkeypatch.setattr(train, "load_vlm", no_weights)
+    monkeypatch.setattr("model.load_vlm", no_weights)
     monkeypatch.setattr(train, "load_trainable", no_weights)
     assert start(config(tmp_path / "run", resume=True)) == status
     assert tree(tmp_path / "run") == before
@@ -269,7 +269,7 @@ def test_resume_needs_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_existing_folder(whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     before = tree(whole)
-    monkeypatch.setattr(train, "load_vlm", no_weights)
+    monkeypatch.setattr("model.load_vlm", no_weights)
     assert command(monkeypatch, "--task", "bar", "--out", str(whole)) == 2
     assert f"{whole} exists" in one_sentence(capsys)
     assert tree(whole) == before
