@@ -41,7 +41,7 @@ from kinds_verifiers import KINDS, Spoiled, make_verifier
 from tasks.flags import check_ranges, flag, parse_flags
 from tasks.jsonl import write_whole
 
-DRAWS = {"choose": 4, "judge": 5}                       # of each kind
+DRAWS = {"choose": 4, "judge": 11}                      # of each kind
 STUDENTS = (("student", 0), ("student", 1), ("student-weak", 0), ("student", 2), ("student", 3), ("student-weak", 1),
             ("student", 4))
 TASKS = ("bar", "red")
