@@ -24,11 +24,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -192,21 +192,26 @@ def needed_models(settings: Iterable[Setting]) -> list[tuple[str, int]]:
 
 
 def make_models(cfg: Config, plan: Plan, settings: Iterable[Setting]) -> None:
-    """Train the checkpoints that are needed and not there, each in a process of its own."""
+    """Train the checkpoints that these runs take and that are not there."""
+    make_missing(cfg, needed_models(settings), plan.make)
+
+
+def make_missing(cfg: Config, models: Iterable[tuple[str, int]], make: Sequence[str] = ()) -> None:
+    """Train those checkpoints, by name and seed, that are not there, each in a process of its own."""
     with ThreadPoolExecutor(cfg.workers) as pool:
         jobs = []
-        for name, seed in needed_models(settings):
+        for name, seed in models:
             if not model_folder(cfg, name, seed).exists():
-                jobs.append(pool.submit(make_model, cfg, plan, name, seed))
+                jobs.append(pool.submit(make_model, cfg, make, name, seed))
         for job in jobs:
             job.result()                                # raises what went wrong
 
 
-def make_model(cfg: Config, plan: Plan, name: str, seed: int) -> None:
-    """Train one checkpoint."""
+def make_model(cfg: Config, make: Sequence[str], name: str, seed: int) -> None:
+    """Train one checkpoint; `make`: more flags of make_tiny.py."""
     _, flags = MODELS[name]
     folder = model_folder(cfg, name, seed)
-    words = ["--only", folder.name, "--seed", str(seed), "--out", str(folder.parent), *flags, *plan.make]
+    words = ["--only", folder.name, "--seed", str(seed), "--out", str(folder.parent), *flags, *make]
     subprocess.run(
         [sys.executable, "-m", "loop.make_tiny", *words], check=True, cwd=ROOT, env=one_thread(),
         stdout=subprocess.DEVNULL)
@@ -221,21 +226,31 @@ def one_thread() -> dict[str, str]:
 # ---- runs
 
 def make_runs(cfg: Config, plan: Plan, settings: Sequence[Setting], path: Path) -> None:
-    """Train with each setting; the file is written anew, whole, as soon as a run has ended."""
+    """Train with each setting."""
+    def told(row: Row) -> str:
+        return f"{Setting(*row_key(row)).name} from {row['baseline'][0]:.3f} to {row['final'][0]:.3f}"
+
+    add_runs(path, partial(one_run, cfg, plan.loop), settings, cfg.workers, row_key, told)
+
+
+def add_runs(path: Path, one_run: Callable[[Any], Row], settings: Sequence[Any], workers: int,
+             key: Callable[[Row], tuple], told: Callable[[Row], str]) -> None:
+    """Add one_run(setting) of each setting to a file of runs; it is written anew, whole, as soon as a run has ended.
+
+    `key`: the order of the file's lines; `told`: what is printed of a run.
+    """
     os.environ |= one_thread()                          # for the workers, which import torch
     start = perf_counter()
     rows = read_runs(path)
-    with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), begin_worker) as pool:
-        jobs = [pool.submit(one_run, cfg, plan.loop, setting) for setting in settings]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker) as pool:
+        jobs = [pool.submit(one_run, setting) for setting in settings]
         try:
             for number, job in enumerate(as_completed(jobs), 1):
                 row = job.result()
                 rows.append(row)
-                lines = [json.dumps(each) + "\n" for each in sorted(rows, key=row_key)]
+                lines = [json.dumps(each) + "\n" for each in sorted(rows, key=key)]
                 write_whole(path, "".join(lines))
-                print(
-                    f"run {number} of {len(jobs)}, {perf_counter() - start:.0f} s: {Setting(*row_key(row)).name} "
-                    f"from {row['baseline'][0]:.3f} to {row['final'][0]:.3f}", flush=True)
+                print(f"run {number} of {len(jobs)}, {perf_counter() - start:.0f} s: {told(row)}", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
 

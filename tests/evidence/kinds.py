@@ -15,31 +15,24 @@ trained by loop/make_tiny.py. The whole takes some three core hours.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
-RESULTS = Path(__file__).resolve().parent
-ROOT = RESULTS.parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
-
 import evidence
-from evidence import begin_worker, model_folder, one_thread, rounded, short_figure
-from kinds_report import Row, read_runs, write_report
+from evidence import add_runs, make_missing, model_folder, rounded, short_figure
+from evidence_rules import Row, read_runs
+from kinds_report import write_report
 from kinds_verifiers import KINDS, Spoiled, make_verifier
-from tasks.flags import check_ranges, flag, parse_flags
-from tasks.jsonl import write_whole
+from tasks.flags import flag, parse_flags
 
 DRAWS = {"choose": 4, "judge": 11}                      # of each kind
 STUDENTS = (("student", 0), ("student", 1), ("student-weak", 0), ("student", 2), ("student", 3), ("student-weak", 1),
@@ -65,16 +58,8 @@ QUICK = {"gate_items": 12, "watch_items": 8, "held_out_items": 20, "trained_on_i
 
 
 @dataclass(frozen=True)
-class Config:
-    results: str = flag(str(RESULTS), "folder of kinds.jsonl and of the tables")
-    work: str = flag(str(ROOT / "runs" / "evidence"), "folder of the models, and of runs while they last")
-    workers: int = flag(os.cpu_count() or 1, "processes, of one thread each", low=1)
+class Config(evidence.Config):
     half: str = flag("choose", "which runs", choices=("choose", "judge", "fresh"))
-    report: bool = flag(False, "only make the tables again, from what the results folder holds")
-    quick: bool = flag(False, "a toy version, in a temporary folder: does everything run?")
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -147,31 +132,19 @@ def run_key(row: Row) -> tuple[str, int, str]:
 
 def make_models(cfg: Config, settings: Sequence[Setting]) -> None:
     """Train the students and verifiers that are needed and not there."""
-    models = evidence.Config(work=cfg.work, workers=cfg.workers)
-    plan = evidence.whole_plan()
-    needed = []
+    needed: dict[tuple[str, int], None] = {}            # an ordered set
     for setting in settings:
-        for name, seed in (setting.student, setting.verifier):
-            needed.append(evidence.Setting(setting.task, name, seed, name, seed, "json", 0.5))
-    evidence.make_models(models, plan, needed)
+        needed[setting.student] = None
+        needed[setting.verifier] = None
+    make_missing(cfg, needed)
 
 
 def make_runs(cfg: Config, loop: dict[str, int], settings: Sequence[Setting], path: Path) -> None:
-    """Train with each setting; the file is written anew, whole, as soon as a run has ended."""
-    os.environ |= one_thread()                          # for the workers, which import torch
-    start = perf_counter()
-    with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), begin_worker) as pool:
-        jobs = [pool.submit(one_run, cfg, loop, setting) for setting in settings]
-        try:
-            for number, job in enumerate(as_completed(jobs), 1):
-                row = job.result()
-                rows = sorted([*read_runs(path), row], key=run_key)
-                write_whole(path, "".join(json.dumps(each) + "\n" for each in rows))
-                print(
-                    f"run {number} of {len(jobs)}, {perf_counter() - start:.0f} s: {row['kind']} {row['draw']} "
-                    f"gate {row['gate']}, {row['change'][0]:+.3f}", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Train with each setting."""
+    def told(row: Row) -> str:
+        return f"{row['kind']} {row['draw']} gate {row['gate']}, {row['change'][0]:+.3f}"
+
+    add_runs(path, partial(one_run, cfg, loop), settings, cfg.workers, run_key, told)
 
 
 # ---- one run
@@ -184,15 +157,14 @@ def one_run(cfg: Config, loop: dict[str, int], setting: Setting) -> Row:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
-    models = evidence.Config(work=cfg.work)
     flags = train.Config(
         task=setting.task,
         force=True,
         out=str(folder / "run"),
         seed=setting.draw,
         margin_gates=setting.gates,
-        student=str(model_folder(models, *setting.student)),
-        verifier=str(model_folder(models, *setting.verifier)),
+        student=str(model_folder(cfg, *setting.student)),
+        verifier=str(model_folder(cfg, *setting.verifier)),
         device="cpu",
         **loop)
     seen: dict[str, Any] = {}

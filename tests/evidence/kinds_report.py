@@ -10,35 +10,19 @@ these.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from evidence_report import mean_text, table
+from evidence_rules import OUTCOMES, Row, by_outcome, change_points, grouped, outcome, value
 from gate import ALPHA, MIN_DIRECTION, clustered_proportion
 from kinds_verifiers import KINDS
 from tasks.jsonl import write_whole
 
-Row = dict[str, Any]                                    # a line of kinds.jsonl; a figure is [value, low, high, n]
 Rule = Callable[[Row], bool]                            # does it let the run through?
-OUTCOMES = ("harmful", "neither", "helpful")
+APART = ("noise, q 0.6 to 0.75",)                       # not a good verifier, nor one that training must not use
 ONE_SIDED = 2 * ALPHA                                   # a two-sided interval whose ends are one-sided 95 % bounds
-
-
-def read_runs(path: Path) -> list[Row]:
-    """The lines of kinds.jsonl; none where there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def outcome(row: Row) -> str:
-    """One of OUTCOMES."""
-    _, low, high, _ = row["change"]
-    if high < 0:
-        return "harmful"
-    return "helpful" if low > 0 else "neither"
 
 
 # ---- rules
@@ -144,10 +128,6 @@ def told(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[str]:
             f"[{by_kind['low']:.2f}, {by_kind['high']:.2f}]"]
 
 
-def with_outcome(rows: Iterable[Row], wanted: str) -> list[Row]:
-    return [row for row in rows if outcome(row) == wanted]
-
-
 # ---- the report
 
 def write_report(rows: Sequence[Row], path: Path) -> str:
@@ -166,54 +146,50 @@ def write_report(rows: Sequence[Row], path: Path) -> str:
 def half_report(title: str, rows: Sequence[Row]) -> list[str]:
     """The tables of one half: without the weak noise controls, which stand apart, and each kind by itself."""
     pooled = [row for row in rows if row["kind"] not in APART]
-    counts = {wanted: len(with_outcome(pooled, wanted)) for wanted in OUTCOMES}
+    ended = by_outcome(pooled)
+    counts = ", ".join(f"{len(runs)} {name}" for name, runs in ended.items())
     distinct = {(row["task"], row["student"], row["after"], str(row["rounds"])) for row in pooled}
-    lines = [
-        f"## {title}", "",
-        f"{len(pooled)} runs, {len(distinct)} distinct: " + ", ".join(f"{n} {name}" for name, n in counts.items())
-        + f". Worst kind: {worst_kind(pooled)}.", "",
-        "| rule | harmful runs let through | below | by kind | helpful runs stopped | below | by kind | neither, let "
-        "through |", "|---|---|---|---|---|---|---|---|"]
+    words = f"{len(pooled)} runs, {len(distinct)} distinct: {counts}. Worst kind: {worst_kind(pooled)}."
+
+    lines = []
     for name, rule in RULES.items():
-        harmful = told(with_outcome(pooled, "harmful"), rule)
-        helpful = told(with_outcome(pooled, "helpful"), lambda row, rule=rule: not rule(row))
-        neither = told(with_outcome(pooled, "neither"), rule)
-        lines.append(f"| {' | '.join([name, *harmful, *helpful, neither[0]])} |")
-    return [*lines, "", *kind_table(rows), ""]
-
-
-APART = ("noise, q 0.6 to 0.75",)                       # not a good verifier, nor one that training must not use
+        harmful = told(ended["harmful"], rule)
+        helpful = told(ended["helpful"], lambda row, rule=rule: not rule(row))
+        neither = told(ended["neither"], rule)
+        lines.append([name, *harmful, *helpful, neither[0]])
+    head = ("rule", "harmful runs let through", "below", "by kind", "helpful runs stopped", "below", "by kind",
+            "neither, let through")
+    return [f"## {title}", "", words, "", table(head, lines), "", kind_table(rows), ""]
 
 
 def worst_kind(rows: Sequence[Row]) -> str:
     """The kind of which the gate lets most harmful runs through."""
     rates = {}
     for kind in sorted({row["kind"] for row in rows}):
-        harmful = with_outcome([row for row in rows if row["kind"] == kind], "harmful")
+        harmful = [row for row in rows if row["kind"] == kind and outcome(row) == "harmful"]
         rates[kind] = sum(map(RULES[OURS], harmful))
     kind = max(rates, key=lambda name: rates[name])
     return f"{kind}, {rates[kind]} harmful runs let through" if rates[kind] else "none, no harmful run was let through"
 
 
-def kind_table(rows: Sequence[Row]) -> list[str]:
+def kind_table(rows: Sequence[Row]) -> str:
     """How the runs of each kind ended, and what the gate and the other rules said."""
-    lines = ["| kind | harmful, neither, helpful | change, points | q of the gate | harmful let through: published, "
-             "without pilot, the gate, with probes, all | helpful stopped: the same |", "|---|---|---|---|---|---|"]
+    head = ("kind", ", ".join(OUTCOMES), "change, points", "q of the gate",
+            "harmful let through: published, without pilot, the gate, with probes, all", "helpful stopped: the same")
     rules = [RULES[name] for name in (
         "published", "the gate without its pilot", OURS, "the gate, then probes", "all of them")]
-    for kind in sorted({row["kind"] for row in rows}):
-        part = [row for row in rows if row["kind"] == kind]
-        by_outcome = {wanted: with_outcome(part, wanted) for wanted in OUTCOMES}
-        counts = ", ".join(str(len(by_outcome[wanted])) for wanted in OUTCOMES)
-        changes = [100 * row["change"][0] for row in part]
-        directions = [row["measures"]["direction"][0] or 0 for row in part]
-        through = ", ".join(str(sum(map(rule, by_outcome["harmful"]))) for rule in rules)
-        stopped = ", ".join(
-            str(len(by_outcome["helpful"]) - sum(map(rule, by_outcome["helpful"]))) for rule in rules)
-        lines.append(
-            f"| {kind} | {counts} | {min(changes):+.1f} to {max(changes):+.1f} | {min(directions):.2f} to "
-            f"{max(directions):.2f} | {through} | {stopped} |")
-    return lines
+    lines = []
+    for (kind,), part in grouped(rows, "kind").items():
+        ended = by_outcome(part)
+        counts = ", ".join(str(len(runs)) for runs in ended.values())
+        changes = [change_points(row) for row in part]
+        directions = [value(row, "direction") or 0 for row in part]
+        through = ", ".join(str(sum(map(rule, ended["harmful"]))) for rule in rules)
+        stopped = ", ".join(str(sum(not rule(row) for row in ended["helpful"])) for rule in rules)
+        lines.append((
+            kind, counts, f"{min(changes):+.1f} to {max(changes):+.1f}",
+            f"{min(directions):.2f} to {max(directions):.2f}", through, stopped))
+    return table(head, lines)
 
 
 def twin_table(rows: Sequence[Row]) -> list[str]:
@@ -225,21 +201,17 @@ def twin_table(rows: Sequence[Row]) -> list[str]:
     if not twins:
         return []
 
-    lines = ["## What tau gates", "", "Twins with tau 0.5: it gates the replay, or the fresh pairs.", "",
-             "| kind | twins | change, points: replay | fresh | q, all pairs | q(0.5) |", "|---|---|---|---|---|---|"]
+    lines = []
     for kind in sorted({replay["kind"] for replay, _ in twins}):
-        part = [twin for twin in twins if twin[0]["kind"] == kind]
-        changes = [fmean(100 * row["change"][0] for row in rows) for rows in zip(*part, strict=True)]
-        all_pairs = mean_direction([replay for replay, _ in part], "direction")
-        at_margin = mean_direction([replay for replay, _ in part], "direction_at_margin")
-        lines.append(f"| {kind} | {len(part)} | {changes[0]:+.1f} | {changes[1]:+.1f} | {all_pairs} | {at_margin} |")
-    return lines
-
-
-def mean_direction(rows: Sequence[Row], name: str) -> str:
-    """The mean of the known values of the gate's q."""
-    known = [row["measures"][name][0] for row in rows if row["measures"][name][0] is not None]
-    return f"{fmean(known):.2f}" if known else "-"
+        replayed, fresh = zip(*[twin for twin in twins if twin[0]["kind"] == kind], strict=True)
+        changes = [mean_text(map(change_points, runs), "+.1f") for runs in (replayed, fresh)]
+        directions = []
+        for name in ("direction", "direction_at_margin"):
+            directions.append(mean_text((value(row, name) for row in replayed), ".2f"))
+        lines.append((kind, len(replayed), *changes, *directions))
+    head = ("kind", "twins", "change, points: replay", "fresh", "q, all pairs", "q(0.5)")
+    return ["## What tau gates", "", "Twins with tau 0.5: it gates the replay, or the fresh pairs.", "",
+            table(head, lines)]
 
 
 HEAD = """\

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 
+import evidence
 import kinds
 import kinds_report
 from eval import load_task
+from evidence_rules import outcome, read_runs
 from gate import clustered_proportion
 from kinds import TRAINED, Config, Setting
-from kinds_report import OURS, RULES, half_report, outcome, read_runs, told, worst_kind, write_report
+from kinds_report import OURS, RULES, half_report, told, worst_kind, write_report
 from kinds_verifiers import KINDS, make_verifier
 
-COMMITTED = kinds.RESULTS
+COMMITTED = evidence.RESULTS
 ITEMS = load_task("bar", limit=60)
 
 
@@ -170,8 +172,8 @@ def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_committed_report(tmp_path: Path) -> None:
     """kinds.md is what --report makes of kinds.jsonl; every kind has its draws; the recorded gate is what its figures
     and its pilot say."""
-    rows = read_runs(kinds.RESULTS / "kinds.jsonl")
-    assert (kinds.RESULTS / "kinds.md").read_text(encoding="utf-8") == write_report(rows, tmp_path / "kinds.md")
+    rows = read_runs(evidence.RESULTS / "kinds.jsonl")
+    assert (evidence.RESULTS / "kinds.md").read_text(encoding="utf-8") == write_report(rows, tmp_path / "kinds.md")
     settings = [setting for half in ("choose", "judge") for setting in kinds.settings_of(half)]
     assert {kinds.run_key(run) for run in rows} == {kinds.run_key(asdict(setting)) for setting in settings}
     for run in rows:
