@@ -305,7 +305,7 @@ def measure(records: Iterable[Record], pair_rule: Call, min_margin: float,
         "balanced_accuracy": balanced, "direction": by_margin[0]["direction"],
         "direction_at_margin": _direction(pairs, min_margin, clusters, alpha)["direction"],
         "mixed_share": by_margin[0]["mixed_share"], "direction_by_margin": by_margin,
-        "form": _form(pairs), "pick_lift": paired_difference(mean_accuracy, picked_accuracy, names)}
+        "form": forms(pairs), "pick_lift": paired_difference(mean_accuracy, picked_accuracy, names)}
 
 
 def _sum_clusters(names: Iterable[str], counts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -369,7 +369,7 @@ def _direction(pairs: Iterable[Any], tau: float, clusters: Mapping[str, str],
             "mixed_share": clustered_proportion(_sum_clusters(names, mixed))}
 
 
-def _form(pairs: Iterable[Any]) -> dict[str, Any]:
+def forms(pairs: Iterable[Any]) -> dict[str, Any]:
     """Which side is read less often: the exact one-sided McNemar p that it is the chosen one. No
     label is needed. Beside it both sides' mean length in characters, and share that was cut off."""
     from replay import count_form

@@ -61,8 +61,7 @@ class CachedModel:
         self.folder = resolve_folder(name)
         self.device = pick_device(cfg.device)
         self.dtype = activation_dtype(cfg.dtype, self.device)
-        if cache.exists() and not cache.is_dir():
-            raise ValueError(f"the cache {cache} is a file; a folder is needed")
+        check_cache(cache)
 
         machine: str | int = torch.get_num_threads()
         if self.device.type == "cuda":
@@ -235,6 +234,12 @@ def share_costs(batch: dict[str, Any], texts: Sequence[Sequence[str]]) -> list[l
 
 
 # ---- files and their keys
+
+def check_cache(cache: Path) -> None:
+    """ValueError where the folder of answers is something else."""
+    if cache.exists() and not cache.is_dir():
+        raise ValueError(f"the cache {cache} is a file; a folder is needed")
+
 
 def read_answers(path: Path, key: dict[str, Any]) -> Any | None:
     """The value that the file holds for `key`; None where there is none, or it is not what was written."""

@@ -10,7 +10,6 @@ With --no-evaluate nothing is measured, so nothing is deployed: the trained stud
 """
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from loop.rounds import write_round
 from loop.run import Run
 from loop.state import State
 from model import VLM
+from model.checkpoint import files_digest
 from model.processor import Processor
 from replay import Pair
 from tasks import Item
@@ -30,8 +30,6 @@ from tasks.endings import is_first_process, say
 from tasks.flags import flag
 from tasks.preferences import Preference, load_preferences, preference_files
 from tasks.splits import Splits, split_items
-
-BLOCK = 1 << 20                                         # bytes of a file that are read at a time
 
 
 @dataclass(frozen=True)
@@ -135,13 +133,7 @@ def without_pairs(items: Sequence[Item], pairs: Sequence[Preference]) -> list[It
 
 def digest(path: str) -> str:
     """A hash of the files of pairs: what says which answer is better, where it is no verifier."""
-    content = hashlib.sha256()
-    for file in preference_files(path):
-        content.update(file.name.encode())
-        with open(file, "rb") as opened:
-            while block := opened.read(BLOCK):
-                content.update(block)
-    return content.hexdigest()
+    return files_digest(preference_files(path))
 
 
 # ---- a round, the end

@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from eval import score as exact_match
-from gate import ALPHA, MIN_DIRECTION, format_figure, mcnemar, proportion
+from gate import ALPHA, MIN_DIRECTION, format_figure, forms, proportion
 from loop.pilot import LoopSteps, Scored, draw_items
+from loop.rounds import labelled_pairs
 from loop.run import Run
 from loop.state import State
 from model import VLM
-from replay import Pair
+from replay import Pair, count_directions
 from tasks import Item
-from tasks.splits import by_id
 
 DRAWS = 500                                             # added to a round's number: other samples than the round's
 
@@ -69,22 +68,15 @@ def probe(run: Run, student: VLM, verifier: VLM, gate_items: Sequence[Item], sta
 
 def measure_pairs(number: int, items: Sequence[Item], pairs: Sequence[Pair]) -> Probe:
     """Direction and form of the pairs before round `number`; each is of another item, and no two share a picture."""
-    known = by_id(items)
-    chosen = [exact_match(known[pair.item_id], pair.chosen_text) for pair in pairs]
-    rejected = [exact_match(known[pair.item_id], pair.rejected_text) for pair in pairs]
-    sides = list(zip(chosen, rejected, strict=True))
-
-    right_way = sum(top.correct and not bottom.correct for top, bottom in sides)
-    wrong_way = sum(bottom.correct and not top.correct for top, bottom in sides)
-    chosen_read = [top.answer is not None for top in chosen]
-    rejected_read = [bottom.answer is not None for bottom in rejected]
-    read = list(zip(chosen_read, rejected_read, strict=True))
+    labelled = labelled_pairs(pairs, items)
+    counts = count_directions(labelled, tau=0.0)
+    form = forms(labelled)
     return Probe(
         round=number,
         items=len(items),
         pairs=len(pairs),
-        direction=proportion(right_way, right_way + wrong_way),
-        chosen_unread=read.count((False, True)),
-        rejected_unread=read.count((True, False)),
-        p_form=mcnemar(rejected_read, chosen_read, fell=True),
+        direction=proportion(counts.right_way, counts.mixed),
+        chosen_unread=form["chosen_unread"],
+        rejected_unread=form["rejected_unread"],
+        p_form=form["p_value"],
     )

@@ -55,19 +55,27 @@ def pair_directions(pairs: Sequence[Pair], items: Sequence[Item]) -> dict[str, A
     Pairs of items without an answer are left out. This reads labels, so it is for the log alone: nothing that trains
     may depend on it.
     """
-    answered = {item.id: item for item in items if item.answer is not None}
-    labelled = []
-    for pair in pairs:
-        if pair.item_id not in answered:
-            continue
-        item = answered[pair.item_id]
-        chosen = {"correct": exact_match(item, pair.chosen_text).correct}
-        rejected = {"correct": exact_match(item, pair.rejected_text).correct}
-        labelled.append(LabelledPair(pair.item_id, pair.margin, chosen, rejected))
-
-    counts = count_directions(labelled, tau=0.0)
+    counts = count_directions(labelled_pairs(pairs, items), tau=0.0)
     return {
         "mixed": counts.mixed,
         "right_way": counts.right_way,
         "direction": proportion(counts.right_way, counts.mixed),
     }
+
+
+def labelled_pairs(pairs: Sequence[Pair], items: Sequence[Item]) -> list[LabelledPair]:
+    """The pairs of items with an answer, each side with what exact match says of it and whether one was found in it."""
+    answered = {item.id: item for item in items if item.answer is not None}
+    labelled = []
+    for pair in pairs:
+        if pair.item_id in answered:
+            item = answered[pair.item_id]
+            sides = [grade(item, text) for text in (pair.chosen_text, pair.rejected_text)]
+            labelled.append(LabelledPair(pair.item_id, pair.margin, *sides))
+    return labelled
+
+
+def grade(item: Item, text: str) -> dict[str, bool]:
+    """An answer as replay.Record has it."""
+    match = exact_match(item, text)
+    return {"correct": match.correct, "candidate_parsed": match.answer is not None}

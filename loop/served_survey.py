@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from loop.answer_log import AnswerLog
 from loop.asking import count_prompts
-from loop.cached_model import CostedScore, share_costs
+from loop.cached_model import CostedScore, check_cache, share_costs
 from loop.served import ServedModel
 from loop.survey_flags import SurveyConfig
 from model.processor import Chat
@@ -32,8 +32,7 @@ class ServedAnswers:
     def __init__(self, name: str, cfg: SurveyConfig, cache: Path):
         self.name = name
         self.cfg = cfg
-        if cache.exists() and not cache.is_dir():
-            raise ValueError(f"the cache {cache} is a file; a folder is needed")
+        check_cache(cache)
         self.model = ServedModel(name, cfg, AnswerLog(cache / "served.jsonl"))
 
     @property

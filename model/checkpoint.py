@@ -57,10 +57,13 @@ def resolve_folder(path_or_hub_id: str | Path, files: Sequence[str] = (*COPIED_F
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 of a model folder's settings and weights: the identity of a reference or a verifier."""
+    return files_digest(path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors"))
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of files' names and contents, in this order."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors"):
-            continue
+    for path in paths:
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             while block := file.read(READ_BYTES):

@@ -14,7 +14,7 @@ where that mean is the official figure. What reads files is in loading.py and pi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,16 +58,12 @@ class Item:
 
     def chat(self) -> list[dict]:
         """The prompt as Hugging Face writes chats; the pictures are opened here and not before."""
-        return self.chat_with(open_image)
+        shown = {part: open_image(self.images[part], self._owner) for part in self.prompt if isinstance(part, int)}
+        return self.chat_showing(shown)
 
     def lazy_chat(self) -> list[dict]:
         """The same chat with a PictureFile for each picture: nothing is opened, and they are the same at every call."""
         return self.chat_showing(self.pictures)
-
-    def chat_with(self, picture: Callable[[bytes | Path, str], Any]) -> list[dict]:
-        """The same chat with picture(encoded, owner) for each picture; `owner` is what messages call this item."""
-        shown = {number: picture(self.images[number], self._owner) for number in self.prompt if isinstance(number, int)}
-        return self.chat_showing(shown)
 
     def chat_showing(self, pictures: Sequence[Any] | dict[int, Any]) -> list[dict]:
         """The same chat with pictures[k] for the picture `images[k]`."""

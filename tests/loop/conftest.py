@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import train
 from loop.ranks import Ranks
 from loop.run import Run
 from run_folder import Flags
+from runs import few_items
 
 
 @pytest.fixture
@@ -18,6 +20,14 @@ def ranks() -> Iterator[Ranks]:
     handler = signal.getsignal(signal.SIGTERM)
     yield Ranks("cpu")
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def few_tasks() -> Iterator[None]:
+    """train.py's tasks have few items."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_task", few_items)
+        yield
 
 
 @pytest.fixture

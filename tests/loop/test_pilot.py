@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,17 +28,7 @@ Rule = Callable[[bool, bool], float]                    # (is a candidate right,
 TINY = {"gate_items": 24, "pilot_items": 30, "pilot_steps": 6, "lr": 1e-3, "batch_size": 16, "warmup_steps": 1}
 BLOCKED = Pilot(30, 64, 6, 0, 0.5, 0.2, 0.001, 1.0, 1.0, 1.0, 2.5)
 FINE = replace(BLOCKED, accuracy_after=0.6, p_accuracy_fell=0.9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Few items, one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_task", few_items)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("few_tasks")
 
 
 def scored_by(rule: Rule) -> Callable[..., list[list[Score]]]:

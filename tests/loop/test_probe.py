@@ -1,13 +1,11 @@
 """loop/probe.py: what is measured again between rounds, what it warns of, and that it changes nothing else."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import train
 from eval import score as exact_match
@@ -21,17 +19,7 @@ from tasks import Item
 from verifier import Score
 
 FINE = Probe(2, 40, 40, proportion(18, 20), 1, 1, 0.75)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Few items, one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_task", few_items)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("few_tasks")
 
 
 def turns_round(patch: pytest.MonkeyPatch, after: int) -> None:

@@ -1,4 +1,4 @@
-"""What all tests of whole runs share: few items, one thread, and one run that nothing interrupts."""
+"""What all tests of whole runs share: few items, and one run that nothing interrupts."""
 from __future__ import annotations
 
 import signal
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
 from runs import config, few_items, start
@@ -14,14 +13,11 @@ from runs import config, few_items, start
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Few items, one thread, and the signal handler of before."""
-    threads = torch.get_num_threads()
+    """Few items, and the signal handler of before."""
     handler = signal.getsignal(signal.SIGTERM)
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_task", few_items)
         yield
-    torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, handler)
 
 
