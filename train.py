@@ -236,7 +236,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
         state.fresh = None
 
     if not cfg.evaluate:
-        return existing_pairs.finish(run, state, student)               # no gate, no deploy/
+        return existing_pairs.finish(run, state, splits, student)       # no gate, no deploy/
     post_gate = deploy_gate(run, student, verifier, splits, reviewed, state)
     return finish(run, state, splits, post_gate)                        # deploy/ on PROMOTE
 

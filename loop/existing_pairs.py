@@ -18,6 +18,7 @@ from typing import Any
 from loop.gate_flags import GateFlags
 from loop.lengths import Use, answer_uses, fitting
 from loop.loading import processor_alone
+from loop.report.training import leave_training_page
 from loop.rounds import write_round
 from loop.run import Run
 from loop.state import State
@@ -165,9 +166,11 @@ def as_pair(processor: Processor, item: Preference) -> Pair:
     )
 
 
-def finish(run: Run, state: State, student: VLM) -> int:
-    """The end of a run with --no-evaluate: the trained student in candidate/, and summary.json; the exit status."""
+def finish(run: Run, state: State, splits: Splits, student: VLM) -> int:
+    """The end of a run with --no-evaluate: the trained student in candidate/, summary.json, a page; the exit status."""
     candidate = run.save_candidate(student)
     run.write("summary.json", state.summary(run.cfg.task, None))
     run.say(f"nothing was measured (--no-evaluate), so nothing is deployed; the trained student is in {candidate}")
+    if run.ranks.first:
+        leave_training_page(run.folder, splits)
     return 0

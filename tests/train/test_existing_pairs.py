@@ -140,6 +140,7 @@ def test_a_runs_own_pairs_again(whole: Path, tmp_path: Path, monkeypatch: pytest
     assert found["task"] is found["pre_gate"] is found["post_gate"] is found["final_accuracy"] is None
     assert found["steps"] > 0 and found["rounds"][0]["unscored"] == 0
     assert not (out / "deploy").exists() and load_vlm(out / "candidate")
+    assert "Nothing was measured (--no-evaluate)" in (out / "report.html").read_text()
     kept = state(out)["state"]
     assert kept["frozen_held_out"] == [] and len(kept["buffer"]) == sum(
         told["above_margin"] for told in found["rounds"]) > 0
