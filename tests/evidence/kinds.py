@@ -34,7 +34,7 @@ from kinds_report import write_report
 from kinds_verifiers import KINDS, Spoiled, make_verifier
 from tasks.flags import flag, parse_flags
 
-DRAWS = {"choose": 4, "judge": 11}                      # of each kind
+DRAWS = {"choose": 4, "judge": 15}                      # of each kind
 STUDENTS = (("student", 0), ("student", 1), ("student-weak", 0), ("student", 2), ("student", 3), ("student-weak", 1),
             ("student", 4))
 TASKS = ("bar", "red")

@@ -174,7 +174,7 @@ def test_committed_report(tmp_path: Path) -> None:
     and its pilot say."""
     rows = read_runs(evidence.RESULTS / "kinds.jsonl")
     assert (evidence.RESULTS / "kinds.md").read_text(encoding="utf-8") == write_report(rows, tmp_path / "kinds.md")
-    settings = [setting for half in ("choose", "judge") for setting in kinds.settings_of(half)]
+    settings = [setting for half in ("choose", "judge", "fresh") for setting in kinds.settings_of(half)]
     assert {kinds.run_key(run) for run in rows} == {kinds.run_key(asdict(setting)) for setting in settings}
     for run in rows:
         held = kinds_report.figures_hold(run) and kinds_report.pilot_holds(run, kinds.PILOT)
