@@ -71,8 +71,7 @@ class _TokenLogps(torch.autograd.Function):
         target_logit = torch.full_like(running_max, torch.nan)      # NaN: in no block so far
 
         for start in range(0, len(weight), block):
-            logits = F.linear(hidden, weight[start:start + block].to(hidden.dtype))    # (N, block)
-            logits = logits.float()
+            logits = _fp32_product(hidden, weight[start:start + block])                # (N, block)
 
             column, inside = _columns_in_block(targets, start, logits.shape[1])
             logits_there = logits.gather(1, column[:, None])                           # (N, 1)
@@ -99,7 +98,7 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, len(weight), ctx.block):
             stop = start + ctx.block
             block_weight = weight[start:stop].to(hidden.dtype)                         # (block, H)
-            logits = F.linear(hidden, block_weight).float()                            # (N, block)
+            logits = _fp32_product(hidden, block_weight)                               # (N, block)
 
             log_softmax = logits.sub_(log_sum_exp[:, None])                            # in place
             softmax = log_softmax.exp_()
@@ -114,6 +113,18 @@ class _TokenLogps(torch.autograd.Function):
                 grad_weight[start:stop] = grad_logits.mT @ hidden
 
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def _fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden W^T in fp32, computed in the dtype of `hidden`: (N, H), (V, H) -> (N, V).
+
+    A GPU adds up products of bf16 numbers in fp32 and can leave the sums so: a logit of 20 that
+    is rounded to bf16 may be off by 0.06. (`out_dtype`: torch 2.10 and later.)
+    """
+    weight = weight.to(hidden.dtype)
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.mT, out_dtype=torch.float32)
+    return F.linear(hidden, weight).float()
 
 
 def _columns_in_block(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:

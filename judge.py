@@ -49,7 +49,7 @@ from loop.judge_figures import (
     logged_values,
     table,
 )
-from loop.judge_model import GREEDY, Sampling, alter_responses, ask_judge, completion_logps
+from loop.judge_model import GREEDY, Sampling, alter_responses, ask_judge, comparison, completion_logps
 from loop.judge_splits import load_judge_splits
 from loop.judgments import BothOrders, Judgment, balanced, judge_pairs, kept_judgments, shuffled_batches
 from loop.optimise import load_trainable, load_training_state, make_optimiser, optimiser_step, training_state
@@ -68,11 +68,11 @@ from loop.synthetic_pairs import (
     read_correctness,
 )
 from model.checkpoint import folder_digest
+from model.pairs import row_length
 from model.vlm import VLM
 from tasks import TASKS, Item
 from tasks.flags import flag, parse_flags
 from tasks.splits import Splits, by_id
-from verifier import comparison_chat
 
 # The paper's parts, most of which live in loop/
 __all__ = ["Judgment", "SyntheticPair", "alter_chat", "altered_pair", "balanced", "completion_logps", "correct_pair",
@@ -318,12 +318,12 @@ def train_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequ
     A judgment's loss is the mean cross-entropy of its tokens, given the comparison prompt. Raises NonFinite with
     nothing updated.
     """
+    def tokens(judgment: Judgment) -> int:
+        return row_length(vlm.processor, comparison(judgment, items), judgment.token_ids)
+
     def loss(part: Sequence[Judgment]) -> tuple[Tensor, dict[str, Tensor]]:
-        chats = []
         with PREPROCESSING:
-            for judgment in part:
-                question = items[judgment.item_id].lazy_chat()
-                chats.append(comparison_chat(question, judgment.first, judgment.second))
+            chats = [comparison(judgment, items) for judgment in part]
         completions = [judgment.token_ids for judgment in part]
         logps = completion_logps(vlm, chats, completions)                                  # (B,)
 
@@ -331,7 +331,7 @@ def train_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequ
         losses = -logps / torch.tensor(lengths, device=logps.device)                       # (B,)
         return losses, {"loss": losses.detach()}
 
-    return optimiser_step(run, optimiser, batch, loss, ("loss",), step, planned)
+    return optimiser_step(run, vlm, optimiser, batch, tokens, loss, ("loss",), step, planned)
 
 
 def evaluate(run: Run, vlm: VLM, pairs: Sequence[SyntheticPair], items: Sequence[Item]) -> JudgeFigures:

@@ -6,7 +6,7 @@ student improve? ("When Good Verifiers Go Bad", arXiv 2606.14629)
     python train.py --pairs FILE --task bar         DPO on preference pairs that exist
     torchrun --nproc-per-node 8 train.py --task mathvista --data DIR --out DIR \\
         --student Qwen/Qwen3-VL-2B-Instruct --verifier Qwen/Qwen3-VL-8B-Instruct \\
-        --lr 1e-6 --max-new-tokens 512 --verdict-tokens 64 --micro-batch 1
+        --lr 1e-6 --max-new-tokens 512 --verdict-tokens 64
 
 A round samples K candidates for each item from the student. The frozen verifier scores them, and
 the best- and the worst-scored candidate become a preference pair. DPO updates the student on these
@@ -22,9 +22,9 @@ Letters in shape comments: B pairs.
 """
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,21 @@ from loop.disk import check_disk
 from loop.endpoint import is_served
 from loop.gates import deploy_gate, gate_before
 from loop.lengths import answer_uses, fitting, verifier_uses
-from loop.loading import pairs_at_once
 from loop.opening import failed_requests, open_scorer
-from loop.optimise import load_trainable, make_optimiser, optimiser_step, reference_model, row_logps
+from loop.optimise import (
+    load_trainable,
+    make_optimiser,
+    micro_batches,
+    optimiser_step,
+    reference_model,
+    row_logps,
+)
 from loop.pair_files import complete_pairs
 from loop.pilot import LoopSteps
 from loop.probe import probe
 from loop.ranks import Interrupted, Ranks, exit_status
 from loop.report.training import leave_training_page
-from loop.rounds import count_round, pair_directions, write_candidates, write_round
+from loop.rounds import count_round, pair_directions, round_items, write_candidates, write_round
 from loop.run import Run
 from loop.served import Asked
 from loop.speed import PREPROCESSING, StepClock
@@ -60,7 +66,8 @@ from loop.survey import draw_items
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
 from model import VLM, Completion
 from model.checkpoint import folder_digest
-from model.pairs import PairRows, pack_pairs
+from model.pairs import PairRows, pack_pairs, row_length
+from model.processor import Chat
 from replay import Pair, ReplayBuffer, form_pairs
 from tasks import Item
 from tasks.flags import RequestFlags, flag, parse_flags
@@ -68,6 +75,7 @@ from tasks.splits import Splits, split_items
 from verifier import VERDICTS, Score
 
 TINY = Path(__file__).parent / "model" / "tiny"
+ROW_TOKENS = attrgetter("row_tokens")               # of a pair
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,6 @@ class Config(existing_pairs.PairFlags, RequestFlags):
     # Optimisation and evaluation
     lr: float = flag(3e-5, "peak learning rate; 1e-6 suits a published checkpoint", low=0, high=1)
     batch_size: int = flag(32, "pairs a step, over all ranks, replayed ones included", low=1)
-    micro_batch: int = flag(32, "pairs a forward pass on one rank; in bfloat16 always 1", low=1)
     epochs: int = flag(3, "passes over a round's fresh pairs", low=1)
     steps_per_round: int = flag(60, "most steps a round", low=1)
     eval_every: int = flag(10, "steps between evaluations on the watch split", low=1)
@@ -270,18 +277,6 @@ def load_models(run: Run) -> tuple[VLM, Asked | None]:
 
 # ---- the loop's steps: sample, score, pair
 
-def round_items(cfg: Config, train: Sequence[Item], number: int) -> list[Item]:
-    """The items of round `number`, counted from 0.
-
-    Rounds take one slice after another of the shuffled train split, and start over at its end.
-    """
-    total = len(train)
-    shuffled = random.Random(cfg.seed).sample(train, total)
-    count = min(cfg.items_per_round, total)
-    first = number * count
-    return [shuffled[place % total] for place in range(first, first + count)]
-
-
 def sample(run: Run, student: VLM, items: Sequence[Item], number: int) -> list[list[Completion]]:
     """K completions an item, y_1 .. y_K ~ pi(. | x).
 
@@ -319,6 +314,11 @@ def make_pairs(run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Co
 
 # ---- the loop's steps: reference, replay, DPO
 
+def triple(pair: Pair, by_id: dict[str, Item]) -> tuple[Chat, tuple[int, ...], tuple[int, ...]]:
+    """What a pair's row is made of: the prompt, the chosen tokens, the rejected ones."""
+    return by_id[pair.item_id].lazy_chat(), pair.chosen, pair.rejected
+
+
 def pair_logps(vlm: VLM, pairs: Sequence[Pair],
                by_id: dict[str, Item]) -> tuple[PairRows, Tensor, Tensor]:
     """The packed rows [prompt | chosen | rejected] of `pairs`, and log pi(y|x) of both sides.
@@ -326,8 +326,8 @@ def pair_logps(vlm: VLM, pairs: Sequence[Pair],
     The log-probabilities are sums over a side's tokens in nats, fp32, (B,) each.
     """
     with PREPROCESSING:
-        triples = [(by_id[pair.item_id].lazy_chat(), pair.chosen, pair.rejected) for pair in pairs]
-        rows = pack_pairs(vlm.processor, triples).to(vlm.device)
+        triples = [triple(pair, by_id) for pair in pairs]
+        rows = pack_pairs(vlm.processor, triples).to(vlm.device, vlm.dtype)
     chosen, rejected = row_logps(vlm, rows).chunk(2)
     return rows, chosen, rejected
 
@@ -340,28 +340,29 @@ def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair],
     """
     if not pairs:
         return []
-
-    size = pairs_at_once(run.cfg, student)
+    sized = [replace(pair, row_tokens=row_length(student.processor, *triple(pair, by_id)))
+             for pair in pairs]
     with reference_model(student) as reference, torch.no_grad():
         return run.ranks.map(
-            lambda part: add_logps(reference, part, by_id), pairs, size, "reference",
+            lambda part: add_logps(run.cfg, reference, part, by_id), sized, run.cfg.batch_size,
+            "reference",
             lambda part: begin_pictures(reference, [by_id[pair.item_id] for pair in part]))
 
 
-def add_logps(reference: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> list[Pair]:
-    """The pairs with the reference's log-probabilities, and with what these depend on."""
-    rows, chosen, rejected = pair_logps(reference, pairs, by_id)
-    tokens = rows.batch.attention_mask.sum(1)                                   # (B,) of each row
-    columns = (pairs, chosen.tolist(), rejected.tolist(), rows.keys, tokens.tolist())
+def add_logps(cfg: Config, reference: VLM, pairs: Sequence[Pair],
+              by_id: dict[str, Item]) -> list[Pair]:
+    """The pairs with the reference's log-probabilities, and a key of what these depend on."""
     complete = []
-    for pair, chosen_logp, rejected_logp, key, row_tokens in zip(*columns, strict=True):
-        complete.append(replace(
-            pair,
-            reference_chosen_logp=chosen_logp,
-            reference_rejected_logp=rejected_logp,
-            reference_key=key,
-            row_tokens=row_tokens,
-        ))
+    for part in micro_batches(pairs, ROW_TOKENS, cfg.micro_tokens):
+        rows, chosen, rejected = pair_logps(reference, part, by_id)
+        columns = (part, chosen.tolist(), rejected.tolist(), rows.keys)
+        for pair, chosen_logp, rejected_logp, key in zip(*columns, strict=True):
+            complete.append(replace(
+                pair,
+                reference_chosen_logp=chosen_logp,
+                reference_rejected_logp=rejected_logp,
+                reference_key=key,
+            ))
     return complete
 
 
@@ -387,12 +388,11 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
         return pair_losses(cfg, student, part, by_id)
 
     # Rows of like length share a micro-batch, so that less of it is padding.
-    pairs = sorted(pairs, key=lambda pair: pair.row_tokens)
+    pairs = sorted(pairs, key=ROW_TOKENS)
     planned = cfg.rounds * cfg.steps_per_round
-    size = pairs_at_once(cfg, student)
     mine = pairs[run.ranks.rank::run.ranks.world]               # some features may be gone
     begin_pictures(student, [by_id[pair.item_id] for pair in mine])
-    return optimiser_step(run, optimiser, pairs, loss, METRICS, step, planned, size)
+    return optimiser_step(run, student, optimiser, pairs, ROW_TOKENS, loss, METRICS, step, planned)
 
 
 def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],

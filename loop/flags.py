@@ -35,7 +35,7 @@ class TrainingFlags:
     weight_decay: float = flag(0.0, "AdamW weight decay", low=0, high=1)
     clip: float = flag(1.0, "largest gradient norm", low=1e-6)
     batch_size: int = flag(32, "examples a step, over all ranks", low=1)
-    micro_batch: int = flag(32, "examples a forward pass on one rank", low=1)
+    micro_tokens: int = flag(4096, "tokens a forward pass on one rank, padding included; at least one example", low=1)
     epochs: int = flag(3, "passes over the examples", low=1)
     trainable: str = flag("language", "what is trained: language, all (the vision tower too), or layers:A-B")
     lora_rank: int = flag(0, "train adapters of this rank on these layers instead (0: the weights themselves)", low=0)
@@ -47,7 +47,7 @@ class TrainingFlags:
     device: str | None = flag(None, "cpu, cuda or cuda:N (default: cuda where there is one)")
     dtype: str | None = flag(None, "of activations (default: bfloat16 on cuda, else float32)", choices=DTYPES)
     feature_cache_gb: float = flag(4.0, "memory for image features kept between calls, GB a model", low=0)
-    eager: bool = flag(True, "on a GPU: decode as written; --no-eager compiles and captures it (has run on no GPU)")
+    eager: bool = flag(True, "on a GPU: compute as written; --no-eager: compiled and captured (has run on no GPU)")
 
     def __post_init__(self) -> None:
         check_ranges(self)

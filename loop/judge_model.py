@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loop.alter import KINDS, alter_chat
 from loop.asking import begin_pictures
-from loop.judgments import BothOrders, judge_pairs
+from loop.judgments import BothOrders, Judgment, judge_pairs
 from loop.optimise import row_logps
 from loop.run import Run
 from loop.shard import whole
@@ -23,6 +23,7 @@ from model.pairs import pack_completions
 from model.processor import Chat
 from model.vlm import VLM
 from tasks import Item
+from verifier import comparison_chat
 
 
 class Sampling(TypedDict, total=False):
@@ -93,9 +94,15 @@ def alter_responses(run: Run, vlm: VLM, responses: Sequence[tuple[Item, str]],
         return run.ranks.map(alter_chunk, requests, cfg.sample_batch, "altering")
 
 
+def comparison(judgment: Judgment, items: dict[str, Item]) -> Chat:
+    """The prompt that a judgment answers; `items` holds the questions by id."""
+    question = items[judgment.item_id].lazy_chat()
+    return comparison_chat(question, judgment.first, judgment.second)
+
+
 def completion_logps(vlm: VLM, chats: list[Chat], completions: Sequence[Sequence[int]]) -> Tensor:
     """Summed log-probability (B,) of B completions, each given its chat; the prompt's tokens do not count."""
     examples = list(zip(chats, completions, strict=True))
     with PREPROCESSING:
-        rows = pack_completions(vlm.processor, examples).to(vlm.device)
+        rows = pack_completions(vlm.processor, examples).to(vlm.device, vlm.dtype)
     return row_logps(vlm, rows)

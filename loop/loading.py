@@ -5,7 +5,6 @@ from typing import Protocol
 
 import torch
 
-from loop.flags import TrainingFlags
 from model import VLM, family_of
 from model.checkpoint import resolve_folder
 from model.fields import text_settings
@@ -60,13 +59,3 @@ def processor_alone(name: str, min_pixels: int | None = None, max_pixels: int | 
     limit_pixels(processor, min_pixels, max_pixels)
 
     return processor, text_settings(config).get("max_position_embeddings")
-
-
-def pairs_at_once(cfg: TrainingFlags, vlm: VLM) -> int:
-    """Preference pairs a forward pass on one rank: --micro-batch in fp32, one in bf16.
-
-    What a row comes to depends a little on the length that the rows beside it are padded to: in fp32 by about 1e-7 of
-    log pi(y|x), in bf16 by as much as 5e-4 of it. Policy and reference meet a pair beside different rows. So in bf16
-    both compute it alone: before the first step they are equal bit for bit, and the loss is ln 2.
-    """
-    return cfg.micro_batch if vlm.dtype == torch.float32 else 1

@@ -34,7 +34,7 @@ def enough_memory(cfg: Any) -> Iterator[None]:
 def helpful_flags(values: dict[str, Any]) -> list[str]:
     """What would take less memory, of the flags that a program has (name -> value)."""
     # Where micro-batches cut the batch, its size costs no memory.
-    sizes = ("micro_batch", "sample_batch") if "micro_batch" in values else ("batch_size",)
+    sizes = ("micro_tokens", "sample_batch") if "micro_tokens" in values else ("batch_size",)
     advice = []
     for name in sizes:
         if values.get(name, 1) > 1:

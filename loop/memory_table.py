@@ -46,7 +46,7 @@ class Config:
     lora_rank: int = flag(0, "adapters of this rank instead (0: the weights themselves)", low=0)
     recompute: bool = flag(False, "activation checkpointing")
     dtype: str = flag("bfloat16", "of activations", choices=DTYPES)
-    micro_batch: int = flag(1, "pairs a forward pass on one rank", low=1)
+    micro_tokens: int = flag(4096, "tokens a forward pass on one rank, at least one pair", low=1)
     prompt_tokens: int = flag(1100, "tokens of a prompt, its picture's included", low=1)
     max_new_tokens: int = flag(256, "longest answer", low=1)
     verdict_tokens: int = flag(64, "longest verdict", low=1)
@@ -65,6 +65,11 @@ class Config:
     def row_tokens(self) -> int:
         """Tokens of a pair's row: the prompt, and both completions at their longest."""
         return self.prompt_tokens + 2 * self.max_new_tokens
+
+    @property
+    def pairs_at_once(self) -> int:
+        """Pairs of that length in a forward pass on one rank."""
+        return max(self.micro_tokens // self.row_tokens, 1)
 
     @property
     def computed_dtype(self) -> torch.dtype:
@@ -206,13 +211,13 @@ def always_held(student: Shapes, verifier: Shapes | None, cfg: Config, shared: i
 def training(student: Shapes, cfg: Config, shared: int) -> float:
     """Bytes that a training step adds at its largest moment."""
     trained, _ = trained_and_frozen(student, cfg)
-    tokens = cfg.micro_batch * cfg.row_tokens
+    tokens = cfg.pairs_at_once * cfg.row_tokens
     gradients = FP32 * trained / shared
 
     kept = student.kept * tokens * student.layers
     if cfg.recompute:                                   # the layers' inputs, and one layer that is computed again
         kept = (cfg.itemsize * student.hidden * student.layers + student.kept) * tokens
-    answers = cfg.micro_batch * 2 * cfg.max_new_tokens
+    answers = cfg.pairs_at_once * 2 * cfg.max_new_tokens
     logits = min(LOGITS_AT_ONCE_CUDA, answers * student.vocabulary) * (FP32 + cfg.itemsize)
     of_a_layer = cfg.itemsize * WIDEST_AT_ONCE * student.widest * tokens    # on its way back; the logits are gone then
     activations = kept + max(of_a_layer, logits)
@@ -220,10 +225,8 @@ def training(student: Shapes, cfg: Config, shared: int) -> float:
     if cfg.lora_rank:
         return gradients + activations
     if shared == 1:
-        casts = 0                                       # of weights, which the backward pass keeps
-        if cfg.itemsize < FP32:
-            casts = cfg.itemsize * (student.outside + student.layer if cfg.recompute else student.language)
-        return gradients + casts + activations + FP32 * student.outside     # a second gradient, before it is added
+        casts = cfg.itemsize * student.language if cfg.itemsize < FP32 else 0
+        return gradients + casts + activations + cfg.itemsize * student.outside     # a gradient, before it is added
 
     # What is gathered for the whole pass, and its gradient; two layers, one of them on its way, and a gradient; and
     # what gradients are added up in, in fp32: a layer's while activations are there, all the rest when they are gone.
@@ -267,7 +270,7 @@ def phases(student: Shapes, verifier: Shapes | None, cfg: Config, shared: int, v
     found["scoring"] = held + gathered + asking(verifier, cfg, prompt, cfg.verdict_tokens, 1)
 
     reference = 0 if cfg.lora_rank else cfg.itemsize * (student.language + student.tower)
-    forward = cfg.itemsize * WIDEST_AT_ONCE * student.widest * cfg.micro_batch * cfg.row_tokens
+    forward = cfg.itemsize * WIDEST_AT_ONCE * student.widest * cfg.pairs_at_once * cfg.row_tokens
     found["reference"] = held + reference + forward
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,14 +17,17 @@ from torch import Tensor
 
 from dpo import sequence_logps
 from loop.flags import TrainingFlags, check_trainable
+from loop.gradients import StepGradients
 from loop.loading import activation_dtype, limit_pixels
 from loop.ranks import NonFinite
 from loop.run import Run
 from loop.shard import gathered, is_sharded, local, shard_trained, sharing
 from model import load_vlm
+from model.compiled import are_compiled, compile_layers, timed_once
 from model.layers import Block
 from model.lora import adapters, adapters_off, add_adapters
 from model.pairs import CompletionRows
+from model.sampler import weights_in_compute_dtype
 from model.vlm import VLM, FeatureCache
 
 T = TypeVar("T")
@@ -65,6 +68,8 @@ def load_trainable(path: str, cfg: TrainingFlags, device: torch.device) -> VLM:
         torch.set_num_threads(1)
     if sharing(cfg):
         shard_trained(vlm)
+    if device.type == "cuda" and not cfg.eager:
+        compile_layers(vlm.decoder.layers)
     return vlm
 
 
@@ -153,38 +158,59 @@ def learning_rate(peak: float, warmup_steps: int, step: int, planned: int) -> fl
     return peak * min(warm_up, cosine)
 
 
-def optimiser_step(run: Run, optimiser: torch.optim.Optimizer, batch: Sequence[T],
-                   loss: Callable[[Sequence[T]], tuple[Tensor, dict[str, Tensor]]], names: Sequence[str], step: int,
-                   planned: int, micro_batch: int | None = None) -> dict[str, float]:
+def micro_batches(examples: Sequence[T], tokens: Callable[[T], int], most: int) -> list[list[T]]:
+    """The examples in order, cut into parts that take a forward pass each.
+
+    A part's rows are padded to its longest. They have at most `most` tokens together, padding included, unless a single
+    row has more; tokens(example) is the length of its row.
+    """
+    parts: list[list[T]] = []
+    longest = 0                                         # row of the newest part
+    for example in examples:
+        length = tokens(example)
+        longest = max(longest, length)
+        if parts and longest * (len(parts[-1]) + 1) <= most:
+            parts[-1].append(example)
+        else:
+            parts.append([example])
+            longest = length
+    return parts
+
+
+def optimiser_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequence[T],
+                   tokens: Callable[[T], int], loss: Callable[[Sequence[T]], tuple[Tensor, dict[str, Tensor]]],
+                   names: Sequence[str], step: int, planned: int) -> dict[str, float]:
     """One step over `batch`, shared between ranks and cut into micro-batches, normalised once over all of it.
 
-    `loss(part)` returns the losses of n examples, (n,), with gradient, and their metrics by name, (n,) each, "loss"
-    among `names`. `step` counts from 1, `planned` is the last. run.cfg has micro_batch (unless one is given), clip, lr
-    and warmup_steps.
+    `tokens(example)` is the length of an example's row. `loss(part)` returns the losses of n examples, (n,), with
+    gradient, and their metrics by name, (n,) each, "loss" among `names`. `step` counts from 1, `planned` is the last.
+    run.cfg has micro_tokens, clip, lr and warmup_steps.
     Returns the metrics' means over the batch, grad_norm and lr. Raises NonFinite, before anything is updated, if the
     loss or the gradient is NaN or infinite.
     """
     cfg = run.cfg
     ranks = run.ranks
     parameters = optimiser.param_groups[0]["params"]
+    sharded = is_sharded(parameters[0])
 
-    if micro_batch is None:
-        micro_batch = cfg.micro_batch
+    mine = batch[ranks.rank::ranks.world]
+    parts = micro_batches(mine, tokens, cfg.micro_tokens)
+    weighted = [(part, 1.0) for part in parts]
+    if sharded:
+        weighted = ranks.as_many(parts, spare=list(batch[:1]))
 
     # Gradients add up over micro-batches and ranks; each is divided by the whole batch's size.
-    mine = batch[ranks.rank::ranks.world]
-    parts = [mine[start:start + micro_batch] for start in range(0, len(mine), micro_batch)]
-    weighted = [(part, 1.0) for part in parts]
-    if is_sharded(parameters[0]):
-        weighted = ranks.as_many(parts, spare=batch[:1])
     totals = torch.zeros(len(names), device=ranks.device)
-    for part, weight in weighted:
-        losses, metrics = loss(part)
-        # Without a picture nothing depends on cross-attention: where that alone is trained there is no gradient.
-        if losses.requires_grad:
-            (weight * losses.sum() / len(batch)).backward()
-        totals += weight * torch.stack([metrics[name] for name in names]).sum(1)
-    ranks.sum_gradients(parameters)
+    cast = nullcontext() if sharded else weights_in_compute_dtype(vlm)          # FSDP casts what it gathers
+    clock = timed_once("training") if are_compiled(vlm.decoder.layers) else nullcontext()
+    with StepGradients(parameters, ranks) as gradients, cast, clock:
+        for number, (part, weight) in enumerate(weighted, start=1):
+            gradients.is_last = number == len(weighted)
+            losses, metrics = loss(part)
+            # Without a picture nothing depends on cross-attention: where that alone is trained there is no gradient.
+            if losses.requires_grad:
+                (weight * losses.sum() / len(batch)).backward()
+            totals += weight * torch.stack([metrics[name] for name in names]).sum(1)
     means = (ranks.sum(totals) / len(batch)).tolist()
     row = dict(zip(names, means, strict=True))
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from loop.flags import TrainingFlags
 from loop.memory import enough_memory
-from loop.shard import is_sharded
 from model.vlm import pick_device
 from tasks.endings import EXPECTED, STOPPING, end, end_on_signals, first_line, is_first_process, say_last
 
@@ -148,16 +147,15 @@ class Ranks:
                 dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up gradients over ranks. A rank that had no example contributes zeros, so no rank waits for another.
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to sum a tensor over ranks, in place; what this returns waits until it is done."""
+        with self._calling_others():
+            work = dist.all_reduce(tensor, async_op=True)
 
-        Those of shared-out parameters are added up already, in the backward pass.
-        """
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if not is_sharded(parameter):
-                self.sum(parameter.grad)
+        def wait() -> None:
+            with self._calling_others():
+                work.wait()
+        return wait
 
     def as_many(self, parts: Sequence[T], spare: T) -> list[tuple[T, float]]:
         """This rank's micro-batches, each with its weight 1, and `spare` with weight 0 until all ranks have as many.

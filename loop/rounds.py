@@ -1,8 +1,9 @@
-"""Figures of a round's pairs, and their file, for the log and summary.json: nothing that trains depends on them."""
+"""A round: the items that it takes, and the figures and files of its pairs, on which nothing that trains depends."""
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from eval import score as exact_match
 from gate import proportion
@@ -12,6 +13,24 @@ from model import Completion
 from replay import LabelledPair, Pair, count_directions
 from tasks import Item
 from verifier import Score
+
+
+class RoundFlags(Protocol):
+    """The flags that a round's items depend on."""
+    seed: int
+    items_per_round: int
+
+
+def round_items(cfg: RoundFlags, train: Sequence[Item], number: int) -> list[Item]:
+    """The items of round `number`, counted from 0.
+
+    Rounds take one slice after another of the shuffled train split, and start over at its end.
+    """
+    total = len(train)
+    shuffled = random.Random(cfg.seed).sample(train, total)
+    count = min(cfg.items_per_round, total)
+    first = number * count
+    return [shuffled[place % total] for place in range(first, first + count)]
 
 
 def count_round(pairs: Sequence[Pair], refused: dict[str, int], candidates: Sequence[Sequence[Completion]],

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)        # that CUDA's flash attention is there for
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -25,16 +28,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
     q: (B, nh, T, hd); k, v: (B, nk, S, hd); mask: (B, 1, T, S) bool, True where allowed -> (B, nh, T, hd).
     """
-    if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+    shares_heads = False
+    if q.shape[1] != k.shape[1]:                        # as a condition: torch.compile is to know which it is
+        shares_heads = True
+    if shares_heads and mask is not None and q.is_cuda:
         # CUDA's fused kernel that takes a mask does not share k and v between query heads: repeat them.
         g = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(g, 1)                                           # (B, nh, S, hd)
         v = v.repeat_interleave(g, 1)
+        shares_heads = False
     return F.scaled_dot_product_attention(
         q, k, v,
         attn_mask=mask,
         is_causal=causal and mask is None,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=shares_heads,
     )
 
 
@@ -60,6 +67,7 @@ class Tree:
         a b c       a b c d e _       a b c f g h
     """
     prefix: int                                                                 # P
+    sizes: Tensor                   # (B, 1 + m) tokens of each segment, on the CPU
     columns: Tensor                 # (B, m E) the column of each suffix token, suffix by suffix; any one where none is
     places: Tensor                  # (B, T) where in [P | E of suffix 1 | .. | E of suffix m] each column is computed
     allowed: Tensor                                                             # (B m, 1, E, P + E) bool
@@ -96,15 +104,22 @@ class Tree:
 
         return Tree(
             prefix=P,
+            sizes=sizes,
             columns=columns.clamp(max=length - 1).flatten(1),
             places=places,
             allowed=allowed.flatten(0, 1)[:, None],
         )
 
-    def to(self, device: torch.device | str) -> Tree:
-        """The same tree with its tensors on `device`."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> AnyTree:
+        """The same tree on `device`, for queries, keys and values of `dtype`.
+
+        On a GPU it is packed where there is a kernel for that: in half precision.
+        """
+        if torch.device(device).type == "cuda" and dtype in HALF_PRECISION:
+            return PackedTree.of(self.sizes, self.places.shape[1]).to(device)
         return Tree(
             self.prefix,
+            self.sizes,                                 # stays: the host reads it
             self.columns.to(device),
             self.places.to(device),
             self.allowed.to(device),
@@ -147,6 +162,83 @@ class Tree:
         copies = prefix.repeat_interleave(m, 0)                                 # (B m, h, P, hd)
         suffixes = self._suffixes(x)                                            # (B m, h, E, hd)
         return torch.cat((copies, suffixes), 2)
+
+
+@dataclass(frozen=True)
+class PackedTree:
+    """The same attention in one call of a kernel for sequences of any lengths: nothing is filled up, nothing masked.
+
+    The queries of all sequences stand one behind the other, and so do their keys, the prefix's again for each suffix:
+
+        queries     a b c   d e         f g h
+        keys        a b c   a b c d e   a b c f g h
+
+    A query of a sequence sees the keys up to its own place, counted from the sequence's end. The queries together are
+    all tokens of all rows, each once.
+    """
+    queries: Tensor                 # (Q,) the place of each query in a sequence of all B T columns
+    keys: Tensor                    # (K,) that of each key
+    starts: Tensor                  # (2, sequences + 1) int32: where each begins among the queries, and among the keys
+    most_queries: int                                                           # of a sequence
+    most_keys: int
+
+    @staticmethod
+    def of(sizes: Tensor, length: int) -> PackedTree:
+        """sizes: (B, 1 + m), the tokens of each row's segments, its prefix first; length: T."""
+        queries = []
+        keys = []
+        for b, row_sizes in enumerate(sizes.tolist()):
+            start = b * length
+            prefix = torch.arange(start, start + row_sizes[0])
+            queries.append(prefix)
+            keys.append(prefix)
+            start += row_sizes[0]
+            for size in row_sizes[1:]:
+                if size == 0:                           # the row has fewer suffixes than another
+                    continue
+                suffix = torch.arange(start, start + size)
+                queries.append(suffix)
+                keys.append(torch.cat((prefix, suffix)))
+                start += size
+
+        lengths = torch.tensor([[len(part) for part in parts] for parts in (queries, keys)])
+        starts = F.pad(lengths.cumsum(1), (1, 0))                               # (2, sequences + 1)
+        most_queries, most_keys = lengths.amax(1).tolist()
+        return PackedTree(torch.cat(queries), torch.cat(keys), starts.int(), most_queries, most_keys)
+
+    def to(self, device: torch.device | str) -> PackedTree:
+        """The same tree with its tensors on `device`."""
+        return PackedTree(
+            self.queries.to(device),
+            self.keys.to(device),
+            self.starts.to(device),
+            self.most_queries,
+            self.most_keys,
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: (B, nh, T, hd); k, v: (B, nk, T, hd) -> (B, nh, T, hd), zeros on padding."""
+        B, _, _, hd = q.shape
+        missing = -hd % 8                               # the kernel takes heads in multiples of 8: zeros change nothing
+        packed = []
+        for x, places in ((q, self.queries), (k, self.keys), (v, self.keys)):
+            x = x.transpose(1, 2).flatten(0, 1)                                 # (B T, heads, hd)
+            x = x.index_select(0, places)               # its backward pass adds; that of x[places] would sort first
+            packed.append(F.pad(x, (0, missing)) if missing else x)
+
+        query_starts, key_starts = self.starts
+        y, *_ = torch.ops.aten._flash_attention_forward(
+            *packed,
+            query_starts, key_starts, self.most_queries, self.most_keys,
+            0.0, True, False,                           # no dropout, causal, nothing for debugging
+            scale=hd ** -0.5,
+        )                                                                       # (Q, nh, hd)
+        filled = q.new_zeros(B * q.shape[2], *y.shape[1:])                      # (B T, nh, hd)
+        filled = filled.index_copy(0, self.queries, y)[..., :hd]
+        return filled.unflatten(0, (B, -1)).transpose(1, 2)                     # (B, nh, T, hd)
+
+
+AnyTree: TypeAlias = Tree | PackedTree
 
 
 def segment_sizes(segments: list[int], m: int) -> list[int]:

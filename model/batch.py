@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import Tree
+from .attention import AnyTree, Tree
 from .images import Picture, tile_arrangements
 
 
@@ -24,7 +24,7 @@ class Batch:
     position_ids: Tensor                                # (3, B, T) long: time, height, width; 0 on padding
     pictures: list[Picture] = field(default_factory=list)
     placed: list[list[int]] = field(default_factory=list)
-    tree: Tree | None = None                            # what a token attends to, where rows branch; None: causal
+    tree: AnyTree | None = None                         # what a token attends to, where rows branch; None: causal
 
     @property
     def in_order(self) -> list[Picture]:
@@ -50,13 +50,18 @@ class Batch:
             return None
         return torch.tensor([picture.grid for picture in pictures])
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its token tensors on `device`; pictures move when they are encoded."""
-        moved = {}
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The same batch with its token tensors on `device`, for a model that computes in `dtype`.
+
+        Pictures move when they are encoded.
+        """
+        moved: dict[str, Tensor | AnyTree] = {}
         for attribute in fields(self):
             value = getattr(self, attribute.name)
-            if isinstance(value, (Tensor, Tree)):
+            if isinstance(value, Tensor):
                 moved[attribute.name] = value.to(device)
+            elif isinstance(value, Tree):
+                moved[attribute.name] = value.to(device, dtype)
         return replace(self, **moved)
 
 

@@ -20,17 +20,15 @@ prompt; S picture tokens of a row; H hidden size, nh query heads, nk key-value h
 """
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import LayerCache
+from .compiled import compiled, timed_once
 from .draw import Sampling, nucleus_by_threshold
 from .joint import product
 from .layers import DecoderLayer, RMSNorm, SelfAttention, SwiGLU
@@ -196,7 +194,6 @@ def rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 class StaticSamples(Samples):
     """Samples in static places. There are none of a prompt that is none."""
     nucleus = staticmethod(nucleus_by_threshold)
-    compiled_before = False                             # whether the time that compiling takes was printed
 
     def __init__(self, vlm: VLM, prompts: Prompts, n: int, sampling: Sampling, uniforms: Tensor | None):
         """Compute the prompts, and draw the first token of each sample."""
@@ -207,7 +204,7 @@ class StaticSamples(Samples):
         which = rows // n                                                                 # (R,) of the G m prompts
         row = which // prompts.numbers.shape[1]                                           # (R,) of the G rows
         held = own[which].to(device)                                                      # (R,)
-        prompts = prompts.to(device)
+        prompts = prompts.to(device, vlm.dtype)
         super().__init__(vlm, prompts, n, sampling, uniforms, rows.to(device))
 
         self.filled = columns.shape[1]                  # own tokens of the sample with the most
@@ -271,13 +268,9 @@ class StaticSamples(Samples):
 
     def first_step(self) -> None:
         """A step that is not captured: what is compiled, chosen or allocated at first use must not be."""
-        start = time.perf_counter()
-        self.step()
-        seconds = time.perf_counter() - start
+        with timed_once("decoding"):
+            self.step()
         self.warm = True
-        if not StaticSamples.compiled_before:
-            StaticSamples.compiled_before = True
-            print(f"decoding: the layers were compiled in {seconds:.0f} s (--eager: not compiled)", file=sys.stderr)
 
     def step(self) -> None:
         """The newest tokens through the decoder, and the next ones drawn. All that changes changes in place."""
@@ -324,12 +317,6 @@ def query_group(vlm: VLM) -> int:
 def as_it_is(function: Callable) -> Callable:
     """The function itself."""
     return function
-
-
-@cache
-def compiled(function: Callable) -> Callable:
-    """The function, compiled when it is first called: for all sizes at once, but those of 1 apart."""
-    return torch.compile(function, dynamic=True)
 
 
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LayerCache, Tree, attend, attend_segments, split_heads
+from .attention import AnyTree, LayerCache, attend, attend_segments, split_heads
 
 Grid = tuple[int, int, int]                                                     # (frames, h, w) of a picture in patches
 
@@ -94,7 +94,7 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(head_dim, qk_norm_eps)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tree: Tree | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tree: AnyTree | None, cache: LayerCache | None) -> Tensor:
         """x: (B, T, H) -> (B, T, H). A new cache takes in the prompts' keys and values; a filled one is read."""
         q = split_heads(self.q_proj(x), self.head_dim)                          # (B, nh, T, hd)
         k = split_heads(self.k_proj(x), self.head_dim)                          # (B, nk, T, hd)
@@ -154,7 +154,7 @@ class DecoderLayer(Block):
         self.input_layernorm = RMSNorm(hidden, eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tree: Tree | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tree: AnyTree | None, cache: LayerCache | None) -> Tensor:
         y = self.input_layernorm(x)
         x = x + self.self_attn(y, rope, tree, cache)
         y = self.post_attention_layernorm(x)
@@ -253,7 +253,7 @@ class MRopeDecoder(nn.Module):
         sin = angles.sin().to(dtype)
         return cos[:, None], sin[:, None]
 
-    def forward(self, x: Tensor, position_ids: Tensor, tree: Tree | None, cache: list[LayerCache] | None) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor, tree: AnyTree | None, cache: list[LayerCache] | None) -> Tensor:
         """x: (B, T, H), image tokens in place -> (B, T, H)."""
         rope = self.rope(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):

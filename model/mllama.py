@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .attention import LayerCache, Tree, attend, split_heads
+from .attention import AnyTree, LayerCache, attend, split_heads
 from .batch import TiledBatch
 from .fields import (
     ABSENT,
@@ -227,7 +227,7 @@ class Decoder(nn.Module):
         kept = ((turns - low) / (high - low)).clamp(0, 1)                       # the share of the frequency as it was
         return (1 - kept) * frequencies / self.scaling["factor"] + kept * frequencies
 
-    def forward(self, tokens: Tensor, positions: Tensor, tree: Tree | None, inputs: CrossInputs | None,
+    def forward(self, tokens: Tensor, positions: Tensor, tree: AnyTree | None, inputs: CrossInputs | None,
                 cache: list[LayerCache | CrossCache] | None, dtype: torch.dtype) -> Tensor:
         """tokens, positions: (B, T) -> (B, T, H) in `dtype`."""
         x = self.embed_tokens(tokens).to(dtype)                                 # (B, T, H)

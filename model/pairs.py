@@ -55,11 +55,11 @@ class CompletionRows:
         rows = completions % len(hidden)                                        # (S,)
         return hidden[rows[:, None], self.sources]
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same rows with their tensors on `device`."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """The same rows with their tensors on `device`, for a model that computes in `dtype`."""
         return replace(
             self,
-            batch=self.batch.to(device),
+            batch=self.batch.to(device, dtype),
             targets=self.targets.to(device),
             sources=self.sources.to(device),
             mask=self.mask.to(device),
@@ -116,6 +116,11 @@ def pack_pairs(processor: Processor, pairs: Sequence[tuple[Chat, Sequence[int], 
     batch = collate(rows, pictures, processor.pad_id)
     tree = Tree.of(segments, batch.input_ids.shape[1])
     return PairRows(replace(batch, tree=tree), targets, sources, mask, keys)
+
+
+def row_length(processor: Processor, chat: Chat, chosen: Sequence[int], rejected: Sequence[int] = ()) -> int:
+    """Tokens of the row that a pair, or a single completion, is packed into. No picture is opened for it."""
+    return processor.count_tokens(chat) + len(chosen) + len(rejected)
 
 
 def prediction_table(completions: Sequence[Sequence[int]], prompt_ends: Sequence[int],

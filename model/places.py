@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import HALF_PRECISION
 from .prompts import Prompts
 
 
@@ -106,7 +107,7 @@ def attend_lse(q: Tensor, k: Tensor, v: Tensor, entries: Entries) -> tuple[Tenso
     q: (Q, nk, hd); k, v: (B, S, nk, hd) -> (Q, nk, hd), (Q, nk) fp32.
     """
     head_dim = q.shape[-1]
-    has_flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+    has_flash = q.is_cuda and q.dtype in HALF_PRECISION and head_dim % 8 == 0 and head_dim <= 256
     if not has_flash:
         return attend_lse_plainly(q, k, v, entries)
     y, lse, *_ = torch.ops.aten._flash_attention_forward(

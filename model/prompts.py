@@ -51,10 +51,10 @@ class Prompts:
             if number != NO_PROMPT:
                 yield number, value
 
-    def to(self, device: torch.device | str) -> Prompts:
-        """The same prompts with their tensors on `device`."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Prompts:
+        """The same prompts with their tensors on `device`, for a model that computes in `dtype`."""
         return Prompts(
-            batch=self.batch.to(device),
+            batch=self.batch.to(device, dtype),
             numbers=self.numbers.to(device),
             last=self.last.to(device),
             visible=self.visible.to(device),

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import LayerCache, Tree
+from .attention import AnyTree, LayerCache
 from .batch import Batch
 from .fields import (
     QWEN_VISION_ROPE,
@@ -214,7 +214,7 @@ class Decoder(MRopeDecoder):
         is_width = (axis == 2) & (j < 3 * width)
         return torch.where(is_height | is_width, axis, 0)
 
-    def forward(self, x: Tensor, position_ids: Tensor, tree: Tree | None, cache: list[LayerCache] | None,
+    def forward(self, x: Tensor, position_ids: Tensor, tree: AnyTree | None, cache: list[LayerCache] | None,
                 places: Tensor | None = None, deepstack: list[Tensor] | None = None) -> Tensor:
         """x: (B, T, H), image tokens in place; position_ids: (3, B, T) -> (B, T, H).
 

@@ -88,7 +88,7 @@ def next_digits(vlm: VLM, chats: list[Chat], replies: Sequence[str], batch_size:
     with weights_in_compute_dtype(vlm), onednn_products(vlm, steps=0):
         for start, _, packed in packed_batches(vlm, chats, batch_size, longest):
             for prompts in packed:
-                prompts = prompts.to(vlm.device)
+                prompts = prompts.to(vlm.device, vlm.dtype)
                 of_prompts = digit_probabilities(vlm, prompts, behind, digits)                # (G m, replies, 10)
                 for number, of_replies in prompts.numbered(of_prompts.tolist()):
                     probabilities[start + number] = of_replies

@@ -123,7 +123,7 @@ def dpo(size: Size, folder: Path, dtype: torch.dtype | None = None) -> Figures:
     """Reference log-probabilities once a pair, then each pair in two steps; vision features are made anew each time."""
     meter, dtype = Meter(size), dtype or size.dtype
     cfg = train.Config(out=str(folder / "run"), dtype=str(dtype).removeprefix("torch."), batch_size=size.batch,
-                       micro_batch=size.batch, lr=RATE, warmup_steps=0)
+                       micro_tokens=1_000_000, lr=RATE, warmup_steps=0)      # the whole batch, as the peer
     run = Run(cfg, Ranks(size.device))
     student = load_trainable(str(folder), cfg, run.ranks.device)
     optimiser = make_optimiser(student, cfg.lr, cfg.weight_decay)

@@ -6,7 +6,7 @@
     features        the vision tower, of all pictures
     prefill         the prompts, their features at hand
     decode step     one token of all samples, its draw included
-    micro-batch     pairs forward and backward, weights fp32 and features at hand
+    micro-batch     pairs forward and backward, weights cast before and features at hand
 
 looks: how often the host waits until the GPU has computed something; copies: until it has taken something. GB: what
 all operators read and write. floor: the milliseconds of GB and TFLOP at --bandwidth and --rate, added up; the defaults
@@ -32,11 +32,13 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 from bench_peers import SIZES, Size, chats, completions, write_settings
 from dpo import dpo_loss
 from floors import step_bytes
+from loop.gradients import StepGradients
 from loop.optimise import row_logps, set_trainable
+from loop.ranks import Ranks
 from model import FAMILIES, VLM
 from model.pairs import pack_pairs
 from model.prompts import Prompts, pack_prompts
-from model.sampler import Sampling, draw_uniforms, sample_batch
+from model.sampler import Sampling, draw_uniforms, sample_batch, weights_in_compute_dtype
 from model.settings import read_settings
 from model.vlm import FeatureCache
 from pretended_gpu import Seen
@@ -95,7 +97,7 @@ def sampling(gpu: ShapesOnlyGPU, vlm: VLM, size: Size) -> tuple[dict[str, Seen],
 
 
 def training(gpu: ShapesOnlyGPU, vlm: VLM, size: Size) -> Seen:
-    """One micro-batch, forward and backward; its gradients are added to those of one before."""
+    """One micro-batch of a step, forward and backward; its gradients are added to those of one before."""
     set_trainable(vlm, "language")
     triples = []
     for i, chat in enumerate(chats(size, size.batch)):
@@ -104,12 +106,14 @@ def training(gpu: ShapesOnlyGPU, vlm: VLM, size: Size) -> Seen:
     reference = torch.zeros(size.batch, device="cuda")
 
     def micro_batch() -> None:
-        rows = pack_pairs(vlm.processor, triples).to(vlm.device)
+        rows = pack_pairs(vlm.processor, triples).to(vlm.device, vlm.dtype)
         chosen, rejected = row_logps(vlm, rows).chunk(2)
         losses, _, _ = dpo_loss(chosen, rejected, reference, reference)
         losses.sum().backward()
-    micro_batch()
-    return watched(gpu, micro_batch)
+    trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+    with StepGradients(trained, Ranks("cpu")), weights_in_compute_dtype(vlm):
+        micro_batch()
+        return watched(gpu, micro_batch)
 
 
 def table(found: dict[str, Seen], bandwidth: float, rate: float) -> str:

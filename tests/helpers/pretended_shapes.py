@@ -46,6 +46,7 @@ class ShapesOnly(Operators):
 
     def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         given = list(tensors_in([*args, *kwargs.values()]))
+        as_given = args, kwargs                         # lengths of sequences have their values there
         if any(x.is_meta or x.is_floating_point() for x in given):
             args = convert(args, shape_of)
             kwargs = convert(kwargs, shape_of)
@@ -61,7 +62,7 @@ class ShapesOnly(Operators):
 
         if KINDS.get(func) != "free" and not func.is_view:
             self.gpu.seen.costs["bytes"] += moved_bytes(func, args, kwargs, out)
-            self.gpu.seen.costs["flops"] += flops(func, args, kwargs, out)
+            self.gpu.seen.costs["flops"] += flops(func, *as_given, out)
         return out
 
 

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from loop.gradients import StepGradients
 from loop.memory_table import Config, always_held, asking, copied, phases, read_shapes, table, training
 from loop.optimise import load_trainable, make_optimiser, row_logps
+from loop.ranks import Ranks
 from loop.shard import share_out
 from model import generate, load_vlm
 from model.pairs import pack_pairs
+from model.sampler import weights_in_compute_dtype
 from model.vlm import VLM
 from peak import PeakBytes, storage_of
 from published import CONFIGS
@@ -26,7 +29,8 @@ from tiny import qwen3_vl_config, write_checkpoint
 
 PROMPT = 260                                            # characters, a token each
 ANSWER = 24
-CFG = Config(student=["x"], gpus=4, micro_batch=2, max_new_tokens=ANSWER, sample_batch=4, k=3, feature_cache_gb=0.0)
+CFG = Config(student=["x"], gpus=4, micro_tokens=2 * (PROMPT + 60), max_new_tokens=ANSWER, sample_batch=4, k=3,
+             feature_cache_gb=0.0)
 NEAR = 0.25                                             # of what was measured
 
 
@@ -63,14 +67,18 @@ def student_of(folder: Path, cfg: Config, shard: bool) -> VLM:
     return load_trainable(str(folder), flags, torch.device("cpu"))
 
 
-def measured_training(student: VLM, cfg: Config) -> int:
+def measured_training(student: VLM, cfg: Config, shard: bool) -> int:
     """The peak of the second step: from the first on Adam's moments are there."""
     answers = [tuple(range(first, first + ANSWER)) for first in (65, 97)]
-    rows = pack_pairs(student.processor, [(chat, *answers) for chat in chats(cfg.micro_batch)])
+    rows = pack_pairs(student.processor, [(chat, *answers) for chat in chats(cfg.pairs_at_once)])
     optimiser = make_optimiser(student, 1e-4, 0.0)
+    trained = optimiser.param_groups[0]["params"]
+    alone = Ranks("cpu")
 
     def step() -> None:
-        row_logps(student, rows).sum().backward()
+        cast = nullcontext() if shard else weights_in_compute_dtype(student)
+        with StepGradients(trained, alone), cast:
+            row_logps(student, rows).sum().backward()
         optimiser.step()
         optimiser.zero_grad()
 
@@ -96,7 +104,7 @@ def test_training(folder: Path, flags: dict[str, Any], shard: bool) -> None:
     with four_processes():
         student = student_of(folder, cfg, shard)
         cfg = Config(**{**vars(cfg), "prompt_tokens": prompt_tokens(student)})
-        measured = measured_training(student, cfg)
+        measured = measured_training(student, cfg, shard)
     shapes = read_shapes(str(folder), cfg)
     shared = 4 if shard else 1
     told = always_held(shapes, None, cfg, shared, 1) + training(shapes, cfg, shared)
@@ -146,7 +154,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_full_fine_tuning_on_one_node(published: dict[str, str]) -> None:
     """8 x 80 GB: an 8B and an 11B student fit beside an 8B verifier with --shard, and not without."""
     verifier = published["Qwen3-VL-8B"]
-    cfg = Config(student=[published["Qwen3-VL-8B"], published["Llama-3.2-11B-Vision"]], verifier=[verifier])
+    cfg = Config(student=[published["Qwen3-VL-8B"], published["Llama-3.2-11B-Vision"]], verifier=[verifier],
+                 recompute=True)
     for name in cfg.student:
         shapes = read_shapes(name, cfg), read_shapes(verifier, cfg)
         whole, shared, both = (max(phases(*shapes, cfg, *over).values()) for over in ((1, 1), (8, 1), (8, 8)))

@@ -234,10 +234,10 @@ def test_a_text_tells_cross_attention_nothing(tmp_path: Path) -> None:
         hidden = vlm.hidden(rows.batch, vlm.image_features(rows.batch))
         logps = sequence_logps(rows.predictors(hidden), vlm.head_weight, rows.targets, rows.mask)
         return logps, {"loss": logps.detach()}
-    run = SimpleNamespace(cfg=settings(micro_batch=1, clip=1.0, lr=1e-3, warmup_steps=0), ranks=Ranks("cpu"))
+    run = SimpleNamespace(cfg=settings(micro_tokens=1, clip=1.0, lr=1e-3, warmup_steps=0), ranks=Ranks("cpu"))
     optimiser = make_optimiser(vlm, 1e-3, 0.0)
-    assert optimiser_step(run, optimiser, ["text"], loss, ("loss",), 1, 10)["grad_norm"] == 0
-    assert optimiser_step(run, optimiser, ["text", "picture"], loss, ("loss",), 2, 10)["grad_norm"] > 0
+    assert optimiser_step(run, vlm, optimiser, ["text"], len, loss, ("loss",), 1, 10)["grad_norm"] == 0
+    assert optimiser_step(run, vlm, optimiser, ["text", "picture"], len, loss, ("loss",), 2, 10)["grad_norm"] > 0
 
 
 def test_set_trainable_twice(folder: Path) -> None:

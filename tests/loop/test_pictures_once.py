@@ -100,7 +100,7 @@ def test_nothing_is_read_after_the_first_use(tmp_path: Path, monkeypatch: pytest
     export_items(load_task("bar", limit=8), tmp_path / "items.jsonl")
     items = load_task("jsonl", tmp_path / "items.jsonl")
     assert all(isinstance(image, Path) for item in items for image in item.images)
-    run = Run(config(tmp_path / "run", micro_batch=2, sample_batch=4), Ranks("cpu"))
+    run = Run(config(tmp_path / "run", micro_tokens=90, sample_batch=4), Ranks("cpu"))
     student, verifier = train.load_models(run)
     monkeypatch.setattr(images, "WORTH_A_THREAD", 0)
     candidates = train.sample(run, student, items, 1)

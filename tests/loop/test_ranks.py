@@ -130,7 +130,7 @@ def test_an_interrupted_run_says_how_to_go_on(task: str | None, out: str | None,
 
 # ---- memory
 
-TRAINING = {"micro_batch": 32, "sample_batch": 64, "batch_size": 32, "max_pixels": None, "feature_cache_gb": 4.0,
+TRAINING = {"micro_tokens": 4096, "sample_batch": 64, "batch_size": 32, "max_pixels": None, "feature_cache_gb": 4.0,
             "recompute": False, "lora_rank": 0, "trainable": "language", "dtype": None}
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139 GiB")
 ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you "
@@ -145,7 +145,8 @@ def test_out_of_memory(error: Exception, told: str, capsys: pytest.CaptureFixtur
     assert exit_status("train.py", raising(error), flags(**TRAINING)) == 1
     printed = capsys.readouterr().err
     assert printed.startswith(f"train.py: {told}") and printed.count("\n") == 1
-    for flag in ("--micro-batch (it is 32)", "--sample-batch (it is 64)", "--max-pixels", "--recompute", "--lora-rank"):
+    for flag in ("--micro-tokens (it is 4096)", "--sample-batch (it is 64)", "--max-pixels", "--recompute",
+                 "--lora-rank"):
         assert flag in printed
     assert "--batch-size" not in printed                        # micro-batches cut it
 
@@ -159,5 +160,5 @@ def test_it_happens_for_real() -> None:
 def test_only_what_helps_is_named() -> None:
     assert helpful_flags({"batch_size": 16, "max_pixels": 0, "dtype": "float32"}) == [
         "a smaller --batch-size (it is 16)", "a smaller --max-pixels", "--dtype bfloat16"]
-    least = {"micro_batch": 1, "sample_batch": 1, "feature_cache_gb": 0.0, "recompute": True, "lora_rank": 8}
+    least = {"micro_tokens": 1, "sample_batch": 1, "feature_cache_gb": 0.0, "recompute": True, "lora_rank": 8}
     assert helpful_flags(TRAINING | least) == ["a smaller --max-pixels"]

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 import train
+from dpo import token_logps
 from eval import load_task
+from loop.gradients import StepGradients
 from loop.optimise import load_trainable, make_optimiser
 from loop.ranks import Ranks
 from loop.run import Run
 from model import VLM, generate, layers, load_vlm
+from model.attention import PackedTree, Tree
 from model.prompts import pack_prompts
-from model.sampler import Sampling, draw_uniforms, sample_batch
+from model.sampler import Sampling, draw_uniforms, sample_batch, weights_in_compute_dtype
 from model.vlm import FeatureCache
 from pretended_gpu import PretendedGPU, Seen
 from replay import Pair
@@ -39,9 +42,9 @@ DEPTH = {"qwen3_vl": 28, "qwen2_5_vl": 36, "mllama": 40}
 CROSS_LAYERS = list(range(3, 40, 5))
 
 # At these depths: operators that launch something. A decode step includes its draw, with top_p; a micro-batch is one
-# pair forward and backward, the tower frozen and its features kept.
+# pair forward and backward, the tower frozen and its features kept, its gradients added to those of one before.
 DECODE_STEP = {"qwen3_vl": 1100, "qwen2_5_vl": 1232, "mllama": 1308}
-MICRO_BATCH = {"qwen3_vl": 4879, "qwen2_5_vl": 5684, "mllama": 5790}
+MICRO_BATCH = {"qwen3_vl": 3781, "qwen2_5_vl": 4202, "mllama": 4449}
 
 # Where the host may wait until the GPU has computed what it asks for, and how often: (file, function) -> looks.
 LOOKS_OF_A_MICRO_BATCH = {
@@ -113,7 +116,8 @@ class Training:
     """A student with fp32 weights, computed in bf16, its tower frozen, and two pairs with their reference."""
 
     def __init__(self, folder: Path, out: Path):
-        cfg = train.Config(task="bar", out=str(out), device="cuda", dtype="bfloat16", warmup_steps=1, lr=1e-3)
+        cfg = train.Config(task="bar", out=str(out), device="cuda", dtype="bfloat16", warmup_steps=1, lr=1e-3,
+                           micro_tokens=1)
         self.run = Run(cfg, Ranks("cuda"))
         self.student = load_trainable(str(folder), cfg, self.run.ranks.device)
         self.items = {item.id: item for item in load_task("bar", limit=2)}
@@ -167,6 +171,42 @@ def counting(gpu: PretendedGPU | None) -> PretendedGPU:
 
 
 # ---- what is computed
+
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_packed_rows_attend_as_masked_ones(head_dim: int) -> None:
+    """PackedTree and Tree on the same bf16 numbers: values, and gradients. Heads of 20 are filled up to 24."""
+    segments = [[0] * 7 + [1] * 3 + [2] * 5, [0] * 4 + [1] * 6 + [2] * 2, [0] * 9 + [1]]
+    length = 17
+    tree = Tree.of(segments, length)
+    masked, packed = tree.to("cuda"), tree.to("cuda", torch.bfloat16)
+    assert isinstance(masked, Tree) and isinstance(packed, PackedTree)
+    assert isinstance(tree.to("cuda", torch.float32), Tree) and isinstance(tree.to("cpu", torch.bfloat16), Tree)
+    is_real = torch.tensor([[column < len(row) for column in range(length)] for row in segments])[:, None, :, None]
+
+    found = []
+    for each in (masked, packed):
+        draw = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(3, heads, length, head_dim, generator=draw).to("cuda", torch.bfloat16).requires_grad_()
+                   for heads in (4, 2, 2))
+        y = each.attend(q, k, v)
+        wanted = torch.randn(y.shape, generator=draw) * is_real
+        (y * wanted.to("cuda")).sum().backward()
+        found.append([(y.detach().cpu() * is_real).float(), *(x.grad.cpu().float() for x in (q, k, v))])
+    for a, b in zip(*found):
+        assert (a - b).abs().max() < 0.03 * b.abs().max()
+
+
+def test_logits_of_the_head_are_not_rounded() -> None:
+    """log softmax of bf16 states by a bf16 head: the products' sums stay fp32, though those of a CPU become bf16."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 64, generator=draw).bfloat16()
+    weight = torch.randn(300, 64, generator=draw).bfloat16()
+    targets = torch.arange(6)
+    exact = (hidden.double() @ weight.double().mT).log_softmax(-1)[targets, targets]
+    on_gpu, on_cpu = (token_logps(hidden.to(device), weight.to(device), targets.to(device)).cpu()
+                      for device in ("cuda", "cpu"))
+    assert (on_gpu - exact).abs().max() < 1e-4 < (on_cpu - exact).abs().max()
+
 
 @torch.no_grad()
 def test_logits_are_those_of_the_cpu(folder: Path) -> None:
@@ -233,13 +273,17 @@ def test_a_decode_step(family: str, deep_folder: Path, counting: PretendedGPU) -
 def test_a_micro_batch(family: str, deep_folder: Path, tmp_path: Path, counting: PretendedGPU) -> None:
     """Looks, at most three; tensors handed over; operators; and no attention that writes all scores to memory."""
     training = Training(deep_folder, tmp_path / "run")
-    with counting.watch() as seen:
+    parameters = [p for p in training.student.parameters() if p.requires_grad]
+    with StepGradients(parameters, training.run.ranks), weights_in_compute_dtype(training.student):
         training.micro_batch()
+        with counting.watch() as seen:
+            training.micro_batch()
     check_allowed(seen, LOOKS_OF_A_MICRO_BATCH)
     assert sum(LOOKS_OF_A_MICRO_BATCH.values()) <= 3
     assert seen.copies() <= COPIES_OF_A_MICRO_BATCH[family], by_function(seen, "copy")
     assert 0 < seen.operators.total() <= MICRO_BATCH[family]
-    assert set(seen.attention) == {"flash", "memory-efficient"}
+    assert seen.operators[torch.ops.aten._flash_attention_forward.default] == DEPTH[family] - seen.attention.total()
+    assert seen.attention == ({"memory-efficient": len(CROSS_LAYERS)} if family == "mllama" else {})
 
 
 # ---- planted faults

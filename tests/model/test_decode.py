@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import VLM, decode, generate, load_vlm, sampler, save_vlm
+from model import VLM, compiled, decode, generate, load_vlm, sampler, save_vlm
 from model.decode import StaticSamples
 from model.draw import Sampling
 from model.joint import joint_products
@@ -215,7 +215,7 @@ def test_compiled_layers_are_one_graph(qwen: VLM, monkeypatch: pytest.MonkeyPatc
         expected.advance()
     counters.clear()
     monkeypatch.setattr(decode, "compiled", partial(torch.compile, backend="eager", fullgraph=True))
-    monkeypatch.setattr(StaticSamples, "compiled_before", False)
+    monkeypatch.setattr(compiled, "TIMED", set())
     qwen.eager = False
     for _ in range(2):
         samples = begin(qwen)

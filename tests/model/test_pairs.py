@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dpo import sequence_logps
 from model import VLM, load_vlm
-from model.attention import Tree, attend
+from model.attention import PackedTree, Tree, attend
 from model.batch import collate
-from model.pairs import CHOSEN, PROMPT, REJECTED, CompletionRows, PairRows, pack_completions, pack_pairs
+from model.pairs import CHOSEN, PROMPT, REJECTED, CompletionRows, PairRows, pack_completions, pack_pairs, row_length
 from tiny import CONFIGS, chat, example_chats, picture, write_checkpoint
 
 
@@ -207,6 +207,26 @@ def test_the_drawn_tree() -> None:
     assert [len(marks) for marks in expected] == list(range(1, 9))
     assert [row[:i + 1] for i, row in enumerate((weights > 0).tolist())] == expected
     assert not weights.triu(1).any()
+
+
+def test_the_drawn_packed_tree() -> None:
+    """What PackedTree draws, sequence by sequence. Where a row has fewer suffixes than another, it has fewer
+    sequences."""
+    packed = PackedTree.of(Tree.of([[0, 0, 0, 1, 1, 2, 2, 2]], 8).sizes, 8)
+    for name, places, starts in zip(("queries", "keys"), (packed.queries, packed.keys), packed.starts, strict=True):
+        sequences = places.tensor_split(starts[1:-1].tolist())
+        found = [" ".join("abcdefgh"[place] for place in sequence) for sequence in sequences]
+        [drawn] = re.findall(rf"^ +{name} +(.+)$", PackedTree.__doc__, re.MULTILINE)
+        assert re.split(r" {2,}", drawn) == found and starts[-1] == len(places)
+    assert (packed.most_queries, packed.most_keys) == (3, 6)
+    uneven = PackedTree.of(Tree.of([[0, 1, 2], [0, 0]], 3).sizes, 3)
+    assert uneven.queries.tolist() == [0, 1, 2, 3, 4] and uneven.starts[0].tolist() == [0, 1, 2, 3, 5]
+
+
+def test_the_row_is_as_long_as_was_said(vlm: VLM) -> None:
+    for example in (chat("hello"), chat(picture(30, 40), "what?"), *example_chats()):
+        rows = pack_pairs(vlm.processor, [(example, [5, 6, 7], [9, 8])])
+        assert row_length(vlm.processor, example, [5, 6, 7], [9, 8]) == rows.batch.attention_mask.sum()
 
 
 def test_keys_name_prompt_pictures_and_tokens(vlm: VLM) -> None:

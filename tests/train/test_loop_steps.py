@@ -116,22 +116,24 @@ def test_micro_batches_make_one_step(parts: tuple, pairs: list[Pair], loss: str)
     """However a batch is cut, it is normalised over all its pairs; cuts of 5 leave an uneven rest."""
     flags = {"loss_type": loss, "beta": 0.3, "nll_coefficient": 0.1}
     shifted = [replace(p, reference_chosen_logp=p.reference_chosen_logp - i % 3) for i, p in enumerate(pairs[:13])]
-    whole, gradient = step_with(parts, shifted, micro_batch=32, **flags)
+    whole, gradient = step_with(parts, shifted, micro_tokens=10_000, **flags)
     assert max(g.abs().max() for g in gradient.values()) > 1e-2
+    longest = max(p.row_tokens for p in shifted)
     for size in (1, 2, 5, 8):
-        row, other = step_with(parts, shifted, micro_batch=size, **flags)
+        row, other = step_with(parts, shifted, micro_tokens=size * longest, **flags)
         assert row == pytest.approx(whole, rel=1e-5, abs=1e-6)
         for name in gradient:
             assert (gradient[name] - other[name]).abs().max() <= 1e-6 * max(1.0, whole["grad_norm"]), name
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-@pytest.mark.parametrize("micro_batch", [1, 3, 32])
-def test_in_bf16_the_first_loss_is_ln_2(micro_batch: int, lora_rank: int, pairs: list[Pair], tmp_path: Path,
+@pytest.mark.parametrize("micro_tokens", [1, 150, 4096])
+def test_in_bf16_the_first_loss_is_ln_2(micro_tokens: int, lora_rank: int, pairs: list[Pair], tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, whatever --micro-batch: each pair is computed alone by reference and policy. The pairs differ in
-    length, and meet each other in another order than the reference met them in."""
-    cfg = config(tmp_path / "run", dtype="bfloat16", micro_batch=micro_batch, lora_rank=lora_rank)
+    """About so, for a row is rounded as those beside it are long; bit for bit where each pair is computed alone, by
+    reference and policy. The pairs differ in length, and meet each other in another order than the reference met them
+    in."""
+    cfg = config(tmp_path / "run", dtype="bfloat16", micro_tokens=micro_tokens, lora_rank=lora_rank)
     run = Run(cfg, Ranks("cpu"))
     student, _ = train.load_models(run)
     longer = [replace(p, chosen=p.chosen * (1 + i % 3), rejected=p.rejected * (1 + i % 5)) for i, p in enumerate(pairs)]
@@ -145,9 +147,11 @@ def test_in_bf16_the_first_loss_is_ln_2(micro_batch: int, lora_rank: int, pairs:
         return real(cfg, student, part, items)
     monkeypatch.setattr(train, "pair_losses", counted)
     row = train.train_step(run, student, make_optimiser(student, 0.0, 0.0), scored, by_id(), 1)
-    assert row["loss"] == pytest.approx(math.log(2), abs=1e-6) and sizes == [1] * len(pairs)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
-        assert row[name] == 0.0
+    alone = micro_tokens == 1
+    assert sum(sizes) == len(pairs) and (len(sizes) == len(pairs)) == alone
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-6 if alone else 1e-2)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert abs(row[name]) <= (0.0 if alone else 1e-2)
 
 
 def test_pixel_limits_reach_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """torchrun, gloo: the same pilot, the same pairs in round one, the same steps; then batches of one pair, so that
     a process has none. Gradients are compared by their norm too, since Adam does not see a wrong scale."""
     flags = {"rounds": 1, "items_per_round": 80, "steps_per_round": 20, "batch_size": 9, "sample_batch": 16,
-             "eval_every": 10, "micro_batch": 4, "pilot_steps": 2, "pilot_items": 40}
+             "eval_every": 10, "micro_tokens": 180, "pilot_steps": 2, "pilot_items": 40}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

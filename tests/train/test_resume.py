@@ -56,7 +56,7 @@ def test_resumed_from_any_checkpoint(whole: Path, tmp_path: Path, number: int) -
 
 @pytest.mark.parametrize("flags, part", [
     ({"lora_rank": 4, "verdict": "logits", "lr": 1e-3}, ".lora_"), ({"trainable": "all"}, "model."),
-    ({"trainable": "layers:1-1", "recompute": True, "micro_batch": 5}, "language_model.layers.1.")], ids=str)
+    ({"trainable": "layers:1-1", "recompute": True, "micro_tokens": 225}, "language_model.layers.1.")], ids=str)
 def test_other_weights_resume_alike(tmp_path: Path, flags: dict[str, Any], part: str) -> None:
     """A run that trains adapters, one layer, or all: its checkpoints hold just that, the first loss is ln 2, and a
     resumed run is the run."""
@@ -233,7 +233,7 @@ def test_two_resume_one_run(whole: Path, tmp_path: Path) -> None:
     same_run(whole, out)
 
 
-@pytest.mark.parametrize("flags", [{"lr": 1e-4}, {"seed": 1}, {"task": "red"}, {"beta": 0.2}, {"micro_batch": 8},
+@pytest.mark.parametrize("flags", [{"lr": 1e-4}, {"seed": 1}, {"task": "red"}, {"beta": 0.2}, {"micro_tokens": 8},
                                    {"replay": False}, {"train_split": "make"}], ids=str)
 def test_resume_refuses_other_flags(whole: Path, tmp_path: Path, flags: dict[str, Any]) -> None:
     shutil.copytree(whole, tmp_path / "run")

@@ -28,7 +28,7 @@ from runs import (
 )
 
 FLAGS = {"rounds": 1, "items_per_round": 48, "steps_per_round": 20, "batch_size": 9, "sample_batch": 16,
-         "eval_every": 20, "micro_batch": 4, "save_every": 5, "shard": True}
+         "eval_every": 20, "micro_tokens": 180, "save_every": 5, "shard": True}
 # A rank has no pair at most steps; the tower is trained, and some layers' activations are computed again.
 ALL = {"trainable": "all", "recompute": True, "batch_size": 1, "steps_per_round": 3, "shard_verifier": True}
 JUDGE = {"task": "red", "items": 12, "held_out_items": 6, "iterations": 1, "epochs": 1, "batch_size": 3, "n": 8,

@@ -164,7 +164,7 @@ def test_judge(checkpoint: Checkpoint) -> None:
         "judge.py",
         *flags(task="jsonl", data=data, out=out, device="cpu"),
         *flags(verifier=checkpoint.folder, dtype="float32", lora_rank=8, trainable="layers:1-1", lr=1e-3),
-        *flags(items=6, held_out_items=2, n=16, votes=5, iterations=1, epochs=1, batch_size=4, micro_batch=1),
+        *flags(items=6, held_out_items=2, n=16, votes=5, iterations=1, epochs=1, batch_size=4, micro_tokens=1),
         *flags(max_new_tokens=3, verdict_tokens=3, temperature=8.0),
         "--no-order-filter", "--no-balance")
     assert status in (0, BLOCKED), output

@@ -1,0 +1,46 @@
+"""torch.compile, which makes one kernel of small operations that follow each other: for a GPU, and with --no-eager.
+
+A GPU is done with a norm, a rotation or a sum long before the next kernel is there, so the layers of a decoder are
+compiled: once for a pass in training, once for a decode step. It has not run on a GPU yet, so models are eager at first
+(VLM.eager).
+"""
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import nn
+
+TIMED: set[str] = set()                                 # what has been said to be compiled, in this process
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """The function, compiled when it is first called: for all sizes at once, but those of 1 apart."""
+    return torch.compile(function, dynamic=True)
+
+
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Compile a decoder's layers, each kind of them once. Their first pass, forward and backward, then takes long."""
+    for layer in layers:
+        layer.forward = compiled(type(layer).forward).__get__(layer)
+
+
+def are_compiled(layers: nn.ModuleList) -> bool:
+    """Whether compile_layers has been here."""
+    return "forward" in vars(layers[0])
+
+
+@contextmanager
+def timed_once(what: str) -> Iterator[None]:
+    """Around work that is compiled when it is done for the first time: how long that took is printed."""
+    start = time.perf_counter()
+    yield
+    if what not in TIMED:
+        TIMED.add(what)
+        seconds = time.perf_counter() - start
+        print(f"{what}: the layers were compiled in {seconds:.0f} s (--eager: not compiled)", file=sys.stderr)
