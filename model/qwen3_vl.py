@@ -171,7 +171,8 @@ class VisionTower(nn.Module):
         scales = [last / max(size - 1, 1) for size in sizes]
         patches = [t * h * w for t, h, w in grids]
         scale = torch.tensor(scales, device=index.device)                                 # one a picture
-        scale = scale.repeat_interleave(torch.tensor(patches, device=index.device))       # (N,)
+        counts = torch.tensor(patches, device=index.device)
+        scale = scale.repeat_interleave(counts, output_size=len(index))                   # (N,) a GPU need not count
 
         place = index * scale                                               # where the patch lies, in entries
         low = place.floor().long().clamp(max=last)
