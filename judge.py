@@ -319,7 +319,8 @@ def train_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: Sequ
     nothing updated.
     """
     def tokens(judgment: Judgment) -> int:
-        return row_length(vlm.processor, comparison(judgment, items), judgment.token_ids)
+        with PREPROCESSING:
+            return row_length(vlm.processor, comparison(judgment, items), judgment.token_ids)
 
     def loss(part: Sequence[Judgment]) -> tuple[Tensor, dict[str, Tensor]]:
         with PREPROCESSING:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +43,22 @@ from loop.endpoint import is_served
 from loop.gates import deploy_gate, gate_before
 from loop.lengths import answer_uses, fitting, verifier_uses
 from loop.opening import failed_requests, open_scorer
-from loop.optimise import (
-    load_trainable,
-    make_optimiser,
-    micro_batches,
-    optimiser_step,
-    reference_model,
-    row_logps,
-)
+from loop.optimise import load_trainable, make_optimiser, optimiser_step
 from loop.pair_files import complete_pairs
 from loop.pilot import LoopSteps
 from loop.probe import probe
 from loop.ranks import Interrupted, Ranks, exit_status
+from loop.reference import pair_logps, row_tokens, with_reference_logps
 from loop.report.training import leave_training_page
 from loop.rounds import count_round, pair_directions, round_items, write_candidates, write_round
 from loop.run import Run
 from loop.served import Asked
-from loop.speed import PREPROCESSING, StepClock
+from loop.speed import StepClock
 from loop.state import State, restore, save
 from loop.survey import draw_items
 from loop.watch import evaluate_watch, regression_warnings, watch_metrics
 from model import VLM, Completion
 from model.checkpoint import folder_digest
-from model.pairs import PairRows, pack_pairs, row_length
-from model.processor import Chat
 from replay import Pair, ReplayBuffer, form_pairs
 from tasks import Item
 from tasks.flags import RequestFlags, flag, parse_flags
@@ -75,7 +66,6 @@ from tasks.splits import Splits, split_items
 from verifier import VERDICTS, Score
 
 TINY = Path(__file__).parent / "model" / "tiny"
-ROW_TOKENS = attrgetter("row_tokens")               # of a pair
 
 
 @dataclass(frozen=True)
@@ -312,59 +302,7 @@ def make_pairs(run: Run, items: Sequence[Item], candidates: Sequence[Sequence[Co
     return pairs, {"round": number, **counts, "skipped": skipped}
 
 
-# ---- the loop's steps: reference, replay, DPO
-
-def triple(pair: Pair, by_id: dict[str, Item]) -> tuple[Chat, tuple[int, ...], tuple[int, ...]]:
-    """What a pair's row is made of: the prompt, the chosen tokens, the rejected ones."""
-    return by_id[pair.item_id].lazy_chat(), pair.chosen, pair.rejected
-
-
-def pair_logps(vlm: VLM, pairs: Sequence[Pair],
-               by_id: dict[str, Item]) -> tuple[PairRows, Tensor, Tensor]:
-    """The packed rows [prompt | chosen | rejected] of `pairs`, and log pi(y|x) of both sides.
-
-    The log-probabilities are sums over a side's tokens in nats, fp32, (B,) each.
-    """
-    with PREPROCESSING:
-        triples = [triple(pair, by_id) for pair in pairs]
-        rows = pack_pairs(vlm.processor, triples).to(vlm.device, vlm.dtype)
-    chosen, rejected = row_logps(vlm, rows).chunk(2)
-    return rows, chosen, rejected
-
-
-def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair],
-                         by_id: dict[str, Item]) -> list[Pair]:
-    """The pairs with log pi_ref of both sides: computed once, however often a pair is replayed.
-
-    The reference pi_ref is the student as it was before training.
-    """
-    if not pairs:
-        return []
-    sized = [replace(pair, row_tokens=row_length(student.processor, *triple(pair, by_id)))
-             for pair in pairs]
-    with reference_model(student) as reference, torch.no_grad():
-        return run.ranks.map(
-            lambda part: add_logps(run.cfg, reference, part, by_id), sized, run.cfg.batch_size,
-            "reference",
-            lambda part: begin_pictures(reference, [by_id[pair.item_id] for pair in part]))
-
-
-def add_logps(cfg: Config, reference: VLM, pairs: Sequence[Pair],
-              by_id: dict[str, Item]) -> list[Pair]:
-    """The pairs with the reference's log-probabilities, and a key of what these depend on."""
-    complete = []
-    for part in micro_batches(pairs, ROW_TOKENS, cfg.micro_tokens):
-        rows, chosen, rejected = pair_logps(reference, part, by_id)
-        columns = (part, chosen.tolist(), rejected.tolist(), rows.keys)
-        for pair, chosen_logp, rejected_logp, key in zip(*columns, strict=True):
-            complete.append(replace(
-                pair,
-                reference_chosen_logp=chosen_logp,
-                reference_rejected_logp=rejected_logp,
-                reference_key=key,
-            ))
-    return complete
-
+# ---- the loop's steps: replay, DPO
 
 def fresh_pairs(cfg: Config, pairs: Sequence[Pair]) -> list[Pair]:
     """Those of a round's pairs that are trained on in this round: all, unless tau gates them."""
@@ -388,11 +326,11 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
         return pair_losses(cfg, student, part, by_id)
 
     # Rows of like length share a micro-batch, so that less of it is padding.
-    pairs = sorted(pairs, key=ROW_TOKENS)
+    pairs = sorted(pairs, key=row_tokens)
     planned = cfg.rounds * cfg.steps_per_round
     mine = pairs[run.ranks.rank::run.ranks.world]               # some features may be gone
     begin_pictures(student, [by_id[pair.item_id] for pair in mine])
-    return optimiser_step(run, student, optimiser, pairs, ROW_TOKENS, loss, METRICS, step, planned)
+    return optimiser_step(run, student, optimiser, pairs, row_tokens, loss, METRICS, step, planned)
 
 
 def pair_losses(cfg: Config, student: VLM, pairs: Sequence[Pair],

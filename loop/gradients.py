@@ -91,7 +91,8 @@ class SentBucket:
 
     def __init__(self, bucket: Sequence[nn.Parameter], gradients: Sequence[Tensor], ranks: Ranks):
         self.bucket = bucket
-        self.together = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = [gradient.flatten() for gradient in gradients]
+        self.together = flat[0] if len(flat) == 1 else torch.cat(flat)          # a large one is not copied
         self.wait = ranks.begin_sum(self.together)
 
     def received(self) -> dict[nn.Parameter, Tensor]:

@@ -22,11 +22,19 @@ class AskFlags(Protocol):
 
 
 def activation_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of activations that --dtype names; without it bfloat16 on a GPU, float32 on a CPU."""
-    if name:
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """The dtype of activations that --dtype names; without it bfloat16 on a GPU, float32 on a CPU.
+
+    ValueError where bfloat16 is not to be had: the kernels of attention need a GPU of compute capability 8.0.
+    """
+    dtype: torch.dtype = getattr(torch, name) if name else torch.float32
+    if device.type == "cuda":
+        if not name:
+            dtype = torch.bfloat16
+        major, minor = torch.cuda.get_device_capability(device)
+        if dtype == torch.bfloat16 and major < 8:
+            raise ValueError(f"bfloat16 needs a GPU of compute capability 8.0 (A100) or later, and {device} has "
+                             f"{major}.{minor}: --dtype float32")
+    return dtype
 
 
 def frozen(vlm: VLM, cfg: AskFlags) -> VLM:

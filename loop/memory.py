@@ -33,7 +33,7 @@ def enough_memory(cfg: Any) -> Iterator[None]:
 
 def helpful_flags(values: dict[str, Any]) -> list[str]:
     """What would take less memory, of the flags that a program has (name -> value)."""
-    # Where micro-batches cut the batch, its size costs no memory.
+    # Where a batch is cut into passes of so many tokens, its size costs no memory.
     sizes = ("micro_tokens", "sample_batch") if "micro_tokens" in values else ("batch_size",)
     advice = []
     for name in sizes:

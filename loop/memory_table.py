@@ -67,9 +67,9 @@ class Config:
         return self.prompt_tokens + 2 * self.max_new_tokens
 
     @property
-    def pairs_at_once(self) -> int:
-        """Pairs of that length in a forward pass on one rank."""
-        return max(self.micro_tokens // self.row_tokens, 1)
+    def pass_tokens(self) -> int:
+        """Tokens of a forward pass on one rank: at most --micro-tokens, but at least a row."""
+        return max(self.micro_tokens, self.row_tokens)
 
     @property
     def computed_dtype(self) -> torch.dtype:
@@ -211,13 +211,13 @@ def always_held(student: Shapes, verifier: Shapes | None, cfg: Config, shared: i
 def training(student: Shapes, cfg: Config, shared: int) -> float:
     """Bytes that a training step adds at its largest moment."""
     trained, _ = trained_and_frozen(student, cfg)
-    tokens = cfg.pairs_at_once * cfg.row_tokens
+    tokens = cfg.pass_tokens
     gradients = FP32 * trained / shared
 
     kept = student.kept * tokens * student.layers
     if cfg.recompute:                                   # the layers' inputs, and one layer that is computed again
         kept = (cfg.itemsize * student.hidden * student.layers + student.kept) * tokens
-    answers = cfg.pairs_at_once * 2 * cfg.max_new_tokens
+    answers = tokens * 2 * cfg.max_new_tokens // cfg.row_tokens
     logits = min(LOGITS_AT_ONCE_CUDA, answers * student.vocabulary) * (FP32 + cfg.itemsize)
     of_a_layer = cfg.itemsize * WIDEST_AT_ONCE * student.widest * tokens    # on its way back; the logits are gone then
     activations = kept + max(of_a_layer, logits)
@@ -270,7 +270,7 @@ def phases(student: Shapes, verifier: Shapes | None, cfg: Config, shared: int, v
     found["scoring"] = held + gathered + asking(verifier, cfg, prompt, cfg.verdict_tokens, 1)
 
     reference = 0 if cfg.lora_rank else cfg.itemsize * (student.language + student.tower)
-    forward = cfg.itemsize * WIDEST_AT_ONCE * student.widest * cfg.pairs_at_once * cfg.row_tokens
+    forward = cfg.itemsize * WIDEST_AT_ONCE * student.widest * cfg.pass_tokens
     found["reference"] = held + reference + forward
     return found
 

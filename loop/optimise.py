@@ -27,8 +27,7 @@ from model.compiled import are_compiled, compile_layers, timed_once
 from model.layers import Block
 from model.lora import adapters, adapters_off, add_adapters
 from model.pairs import CompletionRows
-from model.sampler import weights_in_compute_dtype
-from model.vlm import VLM, FeatureCache
+from model.vlm import VLM, FeatureCache, weights_in_compute_dtype
 
 T = TypeVar("T")
 ONE_THREAD_PARAMETERS = 10_000_000                      # a model with fewer is computed fastest by one CPU thread
@@ -118,6 +117,8 @@ def reference_model(vlm: VLM) -> Iterator[VLM]:
     copy = load_vlm(vlm.folder, vlm.device, vlm.dtype).requires_grad_(False)
     copy.feature_cache = vlm.feature_cache              # the same tower; None where the tower is trained
     copy.processor = vlm.processor                      # with its pixel limits, and what it knows of pictures
+    if are_compiled(vlm.decoder.layers):                # policy and reference are computed by the same code
+        compile_layers(copy.decoder.layers)
     yield copy
 
 
@@ -159,21 +160,23 @@ def learning_rate(peak: float, warmup_steps: int, step: int, planned: int) -> fl
 
 
 def micro_batches(examples: Sequence[T], tokens: Callable[[T], int], most: int) -> list[list[T]]:
-    """The examples in order, cut into parts that take a forward pass each.
+    """The examples, cut into parts that take a forward pass each; tokens(example) is the length of its row.
 
     A part's rows are padded to its longest. They have at most `most` tokens together, padding included, unless a single
-    row has more; tokens(example) is the length of its row.
+    row has more. Examples that fit into one part stay in order; else rows of like length stand together.
     """
+    lengths = [tokens(example) for example in examples]
+    order = list(range(len(examples)))
+    if max(lengths, default=0) * len(examples) > most:
+        order.sort(key=lambda number: lengths[number])
+
     parts: list[list[T]] = []
-    longest = 0                                         # row of the newest part
-    for example in examples:
-        length = tokens(example)
-        longest = max(longest, length)
-        if parts and longest * (len(parts[-1]) + 1) <= most:
-            parts[-1].append(example)
+    for number in order:
+        # Lengths rise, or all fit: the newest row is as long as the part is padded to, or the part has room for it.
+        if parts and lengths[number] * (len(parts[-1]) + 1) <= most:
+            parts[-1].append(examples[number])
         else:
-            parts.append([example])
-            longest = length
+            parts.append([examples[number]])
     return parts
 
 

@@ -1,4 +1,5 @@
-"""Attention in its four forms: plain, in rows that branch, inside packed segments, and from a key-value cache.
+"""Attention in its forms: plain, in rows that branch (with a mask, or packed), inside segments, and from a key-value
+cache.
 
 Letters: B rows, T tokens of a row, S tokens attended to, nh query heads, nk key-value heads, g = nh / nk, hd head
 width. In a tree: P columns of the longest prefix, m suffixes of the row with the most, E columns of the longest suffix.
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)        # that CUDA's flash attention is there for
+HALF_PRECISION = (torch.float16, torch.bfloat16)        # the dtypes that CUDA's flash attention takes
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -29,8 +30,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     q: (B, nh, T, hd); k, v: (B, nk, S, hd); mask: (B, 1, T, S) bool, True where allowed -> (B, nh, T, hd).
     """
     shares_heads = False
-    if q.shape[1] != k.shape[1]:                        # as a condition: torch.compile is to know which it is
-        shares_heads = True
+    if q.shape[1] != k.shape[1]:
+        shares_heads = True                             # not `a != b`, which is no plain bool under torch.compile
     if shares_heads and mask is not None and q.is_cuda:
         # CUDA's fused kernel that takes a mask does not share k and v between query heads: repeat them.
         g = q.shape[1] // k.shape[1]
@@ -173,14 +174,14 @@ class PackedTree:
         queries     a b c   d e         f g h
         keys        a b c   a b c d e   a b c f g h
 
-    A query of a sequence sees the keys up to its own place, counted from the sequence's end. The queries together are
-    all tokens of all rows, each once.
+    Causal, aligned at the bottom right: a sequence's last query sees all its keys, the one before all but the last. The
+    Q queries are all tokens of all rows, each once; of the K keys a prefix's stand there several times.
     """
     queries: Tensor                 # (Q,) the place of each query in a sequence of all B T columns
     keys: Tensor                    # (K,) that of each key
-    starts: Tensor                  # (2, sequences + 1) int32: where each begins among the queries, and among the keys
-    most_queries: int                                                           # of a sequence
-    most_keys: int
+    starts: Tensor                  # (2, sequences + 1) int32 where each begins: the kernel's cu_seqlens of q, and of k
+    most_queries: int               # of a sequence: its max_seqlen_q
+    most_keys: int                  # its max_seqlen_k
 
     @staticmethod
     def of(sizes: Tensor, length: int) -> PackedTree:
@@ -223,7 +224,8 @@ class PackedTree:
         packed = []
         for x, places in ((q, self.queries), (k, self.keys), (v, self.keys)):
             x = x.transpose(1, 2).flatten(0, 1)                                 # (B T, heads, hd)
-            x = x.index_select(0, places)               # its backward pass adds; that of x[places] would sort first
+            # Its backward pass adds up a prefix's gradients, in any order; that of x[places] would sort the places.
+            x = x.index_select(0, places)
             packed.append(F.pad(x, (0, missing)) if missing else x)
 
         query_starts, key_starts = self.starts

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import AnyTree, Tree
+from .attention import AnyTree, PackedTree, Tree
 from .images import Picture, tile_arrangements
 
 
@@ -58,10 +58,10 @@ class Batch:
         moved: dict[str, Tensor | AnyTree] = {}
         for attribute in fields(self):
             value = getattr(self, attribute.name)
-            if isinstance(value, Tensor):
-                moved[attribute.name] = value.to(device)
-            elif isinstance(value, Tree):
+            if isinstance(value, Tree):
                 moved[attribute.name] = value.to(device, dtype)
+            elif isinstance(value, (Tensor, PackedTree)):
+                moved[attribute.name] = value.to(device)
         return replace(self, **moved)
 
 

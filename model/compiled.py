@@ -6,6 +6,7 @@ compiled: once for a pass in training, once for a decode step. It has not run on
 """
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +14,20 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+import torch.fx.experimental._config as shapes
 from torch import nn
 
-TIMED: set[str] = set()                                 # what has been said to be compiled, in this process
+TIMED: set[str] = set()                                 # what was said to have been compiled, in this process
+# A layer is compiled anew for rows that branch, for one row, for prompts, without gradients, ... Beyond this number it
+# would run as it is written, without a word.
+VARIANTS = 32
 
 
 @cache
 def compiled(function: Callable) -> Callable:
     """The function, compiled when it is first called: for all sizes at once, but those of 1 apart."""
+    torch._dynamo.config.recompile_limit = VARIANTS
+    shapes.use_duck_shape = False                       # sizes that are equal in the first call may differ in the next
     return torch.compile(function, dynamic=True)
 
 
@@ -37,10 +44,10 @@ def are_compiled(layers: nn.ModuleList) -> bool:
 
 @contextmanager
 def timed_once(what: str) -> Iterator[None]:
-    """Around work that is compiled when it is done for the first time: how long that took is printed."""
+    """Around work that is compiled when it is done for the first time: the first process prints how long that took."""
     start = time.perf_counter()
     yield
-    if what not in TIMED:
-        TIMED.add(what)
+    if what not in TIMED and int(os.environ.get("RANK", 0)) == 0:       # RANK: torchrun's
         seconds = time.perf_counter() - start
-        print(f"{what}: the layers were compiled in {seconds:.0f} s (--eager: not compiled)", file=sys.stderr)
+        print(f"{what}: the first step took {seconds:.0f} s, compilation included (--eager: none)", file=sys.stderr)
+    TIMED.add(what)

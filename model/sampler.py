@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from .onednn import onednn_products
 from .processor import Chat
 from .prompts import Prompts, pack_prompts
 from .samples import PlainSamples, Samples
-from .vlm import VLM
+from .vlm import VLM, weights_in_compute_dtype
 
 CHECK_EVERY = 16                                        # tokens between looks at what a GPU has done
 
@@ -146,29 +145,6 @@ def packed_batches(vlm: VLM, chats: list[Chat], batch_size: int,
             rows = [row.continued(reply) for row in rows]
         packed = pack_prompts(rows, pictures, processor.image_id, processor.pad_id)
         yield start, rows, packed
-
-
-@contextmanager
-def weights_in_compute_dtype(vlm: VLM) -> Iterator[None]:
-    """Inside, the language model's weights are held in the dtype computed in, so that not every token casts them anew.
-
-    Training holds them in fp32 under bf16 activations, since a bf16 weight cannot take its small steps. The tower is
-    left alone. However the block is left, the weights are as before.
-    """
-    in_tower = {id(parameter) for parameter in vlm.tower.parameters()}
-    dtype = vlm.dtype
-    data_before = {}
-    for parameter in vlm.parameters():
-        if parameter.dtype != dtype and id(parameter) not in in_tower:
-            data_before[parameter] = parameter.data
-
-    try:
-        for parameter in data_before:
-            parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, data in data_before.items():
-            parameter.data = data
 
 
 # ---- the loop over tokens

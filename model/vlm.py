@@ -16,6 +16,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class VLM(nn.Module):
         super().__init__()
         self.compute_dtype: torch.dtype | None = None   # of activations; None: the dtype of the weights
         self.feature_cache: FeatureCache | None = None  # set it to keep image features between calls
-        self.eager = True                               # on CUDA: False compiles and captures decoding, see decode.py
+        self.eager = True                               # on CUDA: False compiles, and captures decoding (decode.py)
 
     @property
     def head_weight(self) -> Tensor:
@@ -254,6 +255,30 @@ class QwenVL(VLM):
         position_ids = positions[None, :, None].expand(3, -1, 1)        # (3, R, 1): a text token's axes are equal
         hidden = self.decoder(x, position_ids, None, cache)                               # (R, 1, H)
         return hidden[:, 0]
+
+
+@contextmanager
+def weights_in_compute_dtype(vlm: VLM) -> Iterator[None]:
+    """Inside, the language model's weights are held in the dtype computed in: cast once, instead of for every token
+    that is sampled and every micro-batch of a step.
+
+    Training holds them in fp32 under bf16 activations, since a bf16 weight cannot take its small steps. The tower is
+    left alone. However the block is left, the weights are as before.
+    """
+    in_tower = {id(parameter) for parameter in vlm.tower.parameters()}
+    dtype = vlm.dtype
+    data_before = {}
+    for parameter in vlm.parameters():
+        if parameter.dtype != dtype and id(parameter) not in in_tower:
+            data_before[parameter] = parameter.data
+
+    try:
+        for parameter in data_before:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in data_before.items():
+            parameter.data = data
 
 
 def frame_lengths(grids: list[Grid]) -> list[int]:

@@ -38,9 +38,9 @@ from loop.ranks import Ranks
 from model import FAMILIES, VLM
 from model.pairs import pack_pairs
 from model.prompts import Prompts, pack_prompts
-from model.sampler import Sampling, draw_uniforms, sample_batch, weights_in_compute_dtype
+from model.sampler import Sampling, draw_uniforms, sample_batch
 from model.settings import read_settings
-from model.vlm import FeatureCache
+from model.vlm import FeatureCache, weights_in_compute_dtype
 from pretended_gpu import Seen
 from pretended_shapes import ShapesOnlyGPU
 from published import CONFIGS

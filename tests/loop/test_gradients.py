@@ -146,8 +146,8 @@ def test_buckets() -> None:
 
 @pytest.mark.parametrize("most, expected", [
     (1, [[3], [3], [5], [9]]), (8, [[3, 3], [5], [9]]), (10, [[3, 3], [5], [9]]), (15, [[3, 3, 5], [9]]),
-    (35, [[3, 3, 5], [9]]), (36, [[3, 3, 5, 9]])])
+    (35, [[3, 3, 5], [9]]), (36, [[3, 9, 3, 5]])])
 def test_micro_batches(most: int, expected: list[list[int]]) -> None:
-    """Rows of these lengths, padded to the longest of their part."""
-    assert micro_batches([3, 3, 5, 9], lambda length: length, most) == expected
+    """Rows of these lengths, padded to the longest of their part; all of them in order where one part holds them."""
+    assert micro_batches([3, 9, 3, 5], lambda length: length, most) == expected
     assert micro_batches([], len, most) == []

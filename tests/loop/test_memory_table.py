@@ -21,15 +21,14 @@ from loop.ranks import Ranks
 from loop.shard import share_out
 from model import generate, load_vlm
 from model.pairs import pack_pairs
-from model.sampler import weights_in_compute_dtype
-from model.vlm import VLM
+from model.vlm import VLM, weights_in_compute_dtype
 from peak import PeakBytes, storage_of
 from published import CONFIGS
 from tiny import qwen3_vl_config, write_checkpoint
 
 PROMPT = 260                                            # characters, a token each
 ANSWER = 24
-CFG = Config(student=["x"], gpus=4, micro_tokens=2 * (PROMPT + 60), max_new_tokens=ANSWER, sample_batch=4, k=3,
+CFG = Config(student=["x"], gpus=4, micro_tokens=1, max_new_tokens=ANSWER, sample_batch=4, k=3,
              feature_cache_gb=0.0)
 NEAR = 0.25                                             # of what was measured
 
@@ -70,7 +69,7 @@ def student_of(folder: Path, cfg: Config, shard: bool) -> VLM:
 def measured_training(student: VLM, cfg: Config, shard: bool) -> int:
     """The peak of the second step: from the first on Adam's moments are there."""
     answers = [tuple(range(first, first + ANSWER)) for first in (65, 97)]
-    rows = pack_pairs(student.processor, [(chat, *answers) for chat in chats(cfg.pairs_at_once)])
+    rows = pack_pairs(student.processor, [(chat, *answers) for chat in chats(cfg.micro_tokens // cfg.row_tokens)])
     optimiser = make_optimiser(student, 1e-4, 0.0)
     trained = optimiser.param_groups[0]["params"]
     alone = Ranks("cpu")
@@ -104,6 +103,7 @@ def test_training(folder: Path, flags: dict[str, Any], shard: bool) -> None:
     with four_processes():
         student = student_of(folder, cfg, shard)
         cfg = Config(**{**vars(cfg), "prompt_tokens": prompt_tokens(student)})
+        cfg = Config(**{**vars(cfg), "micro_tokens": 2 * cfg.row_tokens})
         measured = measured_training(student, cfg, shard)
     shapes = read_shapes(str(folder), cfg)
     shared = 4 if shard else 1

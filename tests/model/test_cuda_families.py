@@ -27,8 +27,8 @@ from loop.run import Run
 from model import VLM, generate, layers, load_vlm
 from model.attention import PackedTree, Tree
 from model.prompts import pack_prompts
-from model.sampler import Sampling, draw_uniforms, sample_batch, weights_in_compute_dtype
-from model.vlm import FeatureCache
+from model.sampler import Sampling, draw_uniforms, sample_batch
+from model.vlm import FeatureCache, weights_in_compute_dtype
 from pretended_gpu import PretendedGPU, Seen
 from replay import Pair
 from tiny import CONFIGS, example_chats, write_checkpoint
