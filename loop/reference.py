@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -34,28 +34,27 @@ def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair], by_id: d
             tokens = row_length(student.processor, *row_parts(pair, by_id))
             sized.append(replace(pair, row_tokens=tokens))
 
-    # Passes as in a step: over as many pairs as a batch has, cut by their tokens.
-    passes: list[list[int]] = []                        # the numbers of their pairs
-    for start in range(0, len(sized), cfg.batch_size):
-        numbers = range(len(sized))[start:start + cfg.batch_size]
-        passes += micro_batches(numbers, lambda number: sized[number].row_tokens, cfg.micro_tokens)
+    # Passes as in a step: over as many pairs as a batch has, cut by their tokens. A pair keeps its number in `pairs`.
+    numbered = list(enumerate(sized))
+    passes: list[list[tuple[int, Pair]]] = []
+    for start in range(0, len(numbered), cfg.batch_size):
+        batch = numbered[start:start + cfg.batch_size]
+        passes += micro_batches(batch, lambda entry: entry[1].row_tokens, cfg.micro_tokens)
 
-    def of_pass(numbers: Sequence[int]) -> list[Pair]:
-        return [sized[number] for number in numbers]
-
-    def complete(some: Sequence[list[int]]) -> list[Pair]:
+    def complete(some: Sequence[list[tuple[int, Pair]]]) -> list[tuple[int, Pair]]:
         done = []
-        for numbers in some:
-            done += add_logps(reference, of_pass(numbers), by_id)
+        for part in some:
+            numbers = [number for number, _ in part]
+            complete_pairs = add_logps(reference, [pair for _, pair in part], by_id)
+            done += zip(numbers, complete_pairs, strict=True)
         return done
 
-    def prepare(some: Sequence[list[int]]) -> None:
-        begin_pictures(reference, [by_id[pair.item_id] for numbers in some for pair in of_pass(numbers)])
+    def prepare(some: Sequence[list[tuple[int, Pair]]]) -> None:
+        begin_pictures(reference, [by_id[pair.item_id] for part in some for _, pair in part])
 
     with reference_model(student) as reference, torch.no_grad():
         done = run.ranks.map(complete, passes, 1, "reference", prepare)
-    by_number = dict(zip(chain.from_iterable(passes), done, strict=True))
-    return [by_number[number] for number in range(len(sized))]
+    return [pair for _, pair in sorted(done, key=itemgetter(0))]
 
 
 def add_logps(reference: VLM, pairs: Sequence[Pair], by_id: dict[str, Item]) -> list[Pair]:
