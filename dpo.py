@@ -167,7 +167,7 @@ def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor
     targets: (S, C); mask: (S, C) bool, False on padding. The stop token counts where it was
     sampled.
     """
-    # Where the tokens are is found once: on a GPU this waits for all that was queued.
+    # nonzero() makes a GPU finish all that is queued: call it once, and use its result three times.
     places = mask.flatten().nonzero()[:, 0]                                            # (N,)
     hidden_of_tokens = hidden.flatten(0, 1).index_select(0, places)                    # (N, H)
     targets_of_tokens = targets.flatten()[places]                                      # (N,)

@@ -5,14 +5,14 @@
                 training would form; q(tau) over those of a margin >= tau, which are replayed
     form        is an answer found in the chosen side as often as in the rejected one?
     published   BLOCK if agreement < baseline ("When Good Verifiers Go Bad", arXiv 2606.14629)
-    ours        BLOCK, too, unless the lower end of q > 1/2; if the upper end of q(tau) < 1/2, form
-                is shown to suffer, or the verifier itself to answer worse than the student
+    ours        BLOCK, too, unless the lower end of q > 1/2, or if the upper end of q(tau) < 1/2, or
+                if form is shown to suffer, or the verifier to answer worse than the student
     after       PROMOTE iff a gain is shown on held-out items (see gate_after)
 
-The baseline is the frozen student's accuracy. By agreement alone, a verifier that accepts
-everything equals it, and one that rejects everything passes for a weak student. Training follows
-the sign of 2 q - 1 (see replay.py), so q > 1/2 has to be shown: q = 1/2 passes at most 2.5 % of the
-time, q = 0.8 at least 95 % from 35 mixed pairs (one side right) on. Intervals are 95 %.
+The baseline is the mean correctness of the frozen student's candidates. By agreement alone, a
+verifier that accepts everything passes. Training follows the sign of 2 q - 1 (see replay.py), so
+q > 1/2 has to be shown: q = 1/2 passes at most 2.5 % of the time, q = 0.8 at least 95 % from 35
+mixed pairs (one side right) on. Intervals are 95 %.
 
     python gate.py --records a.jsonl [b.jsonl ...] --out report.json    # no torch; several: ranked
     python gate.py (--student S | --candidates LOG) --verifier V1 V2 --task bar     # asks first
@@ -44,7 +44,7 @@ Report = dict[str, Any]         # verdict, reasons, rule, costs and Measures of 
 ALPHA = 0.05                    # of an interval on both sides together, of a test on its one side
 ACCEPT = 0.5                    # a score from here on says "right"
 MIN_DIRECTION = 0.5             # the q at which the mean update changes sign
-MARGINS = (0.0, 0.1, 0.25, 0.5, 0.75)           # at which q is told; all pairs are trained on
+MARGINS = (0.0, 0.1, 0.25, 0.5, 0.75)           # for which q(tau) is reported; 0.0: all pairs
 LEAST_OF_CLASS = 20             # items with right (wrong) candidates, for an interval over both
 NEARLY = 0.05                   # a cheaper verifier must be shown to lack less agreement than this
 USAGE = (ValueError, argparse.ArgumentError, FileNotFoundError, PermissionError)    # can be mended
@@ -512,7 +512,7 @@ def item_agreement(records: Iterable[Record]) -> dict[str, float]:
 def recommend(reports: dict[str, Report], records: dict[str, Sequence[Record]]
               ) -> tuple[Report, dict[str, Report]]:
     """The cheapest verifier that passes and is shown to agree nearly as often as the best.
-    The paper ranks by agreement, not by size (R2); more compute buys nothing (R3). Unless all costs
+    The paper ranks by agreement, not by size; more compute buys nothing, it says. Unless all costs
     are known, the best is taken. Returns `recommended` (a name or None), `recommendation`, and the
     reports with `cost`, over the least, and `difference_from_best`, in paired agreement.
     """
@@ -620,7 +620,7 @@ def print_reports(reports: dict[str, Report], advice: Report) -> None:
 def judge(cfg: Config, records: dict[str, Sequence[Record]],
           known: Mapping[str, Report] | None = None) -> tuple[Report, dict[str, Report]]:
     """What is recommended of several verifiers, and the report on each by its name, with what else
-    is `known` of it. Each of m is tested at ALPHA / m, so that they pass by chance as one does."""
+    is `known` of it. Each of m is tested at ALPHA / m: the more there are, the stricter."""
     from replay import select_pair
     reports: dict[str, Report] = {}
     for name, rows in records.items():

@@ -12,10 +12,10 @@
 replay buffer. Threshold, capacity, ratio and eviction are not published; they are ours. Nothing
 here that trains reads a label; records and what is counted of them are for the gate and the log.
 
-What does the gate do to the update? The paper announces a theorem on variance, whose text is not
-known to us, so this is ours. Take a pair with exactly one right side. Let m be its margin, g its
-gradient in the right direction, and d = +1 if the chosen side is the right one, else d = -1. The
-pair contributes d g. Let q(m) = P(d = +1 | m), q = q(tau) = P(d = +1 | m >= tau), and
+What does the margin gate do to the update? The paper announces a theorem on variance, whose text
+is not known to us, so this is ours. Take a pair with exactly one right side. Let m be its margin,
+g its gradient in the right direction, and d = +1 if the chosen side is the right one, else d = -1.
+The pair contributes d g. Let q(m) = P(d = +1 | m), q = q(tau) = P(d = +1 | m >= tau), and
 g(m) = E[g | m].
 
     mean       E[d g | m >= tau] = E[(2 q(m) - 1) g(m) | m >= tau]             (1)
@@ -32,9 +32,9 @@ Var(d) = 1 - (2 q - 1)^2 = 4 q (1 - q), which is (3).
 Independence at each m is not enough for (2): where q(m) and g(m) change together, d and g are
 correlated over all m >= tau, and even the sign of (2) can be wrong.
 
-So a gate that moves q away from 1/2, up or down, makes a pair's contribution steadier. But the
-sign of the update is that of q - 1/2: the gate can make a wrong update steadily wrong. And the
-mean of a batch may vary more than without the gate, because fewer pairs are left.
+So a margin gate that moves q away from 1/2, up or down, makes a pair's contribution steadier. But
+the sign of the update is that of q - 1/2: tau can make a wrong update steadily wrong. And the mean
+of a batch may vary more than without tau, because fewer pairs are left.
 
 Standard library only.
 """

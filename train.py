@@ -198,7 +198,7 @@ def main(cfg: Config, ranks: Ranks) -> int:
             state.rounds.append(counts)
             state.fresh = with_reference_logps(run, student, pairs, splits.by_id)
             complete_pairs(run, state.round + 1, state.fresh, items)    # on disk
-            replay.add(state.fresh)                                     # margins >= tau
+            replay.add(state.fresh)                                     # where tau lets them
             save(run, state, student, optimiser, replay)
 
         batches = round_batches(cfg, replay, state)     # none where the round was skipped
@@ -325,11 +325,11 @@ def train_step(run: Run, student: VLM, optimiser: torch.optim.Optimizer, pairs: 
     def loss(part: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         return pair_losses(cfg, student, part, by_id)
 
-    # Rows of like length share a micro-batch, so that less of it is padding.
+    # Ranks take every world-th pair, so in this order each has as many long rows as another.
     pairs = sorted(pairs, key=row_tokens)
     planned = cfg.rounds * cfg.steps_per_round
-    mine = pairs[run.ranks.rank::run.ranks.world]               # some features may be gone
-    begin_pictures(student, [by_id[pair.item_id] for pair in mine])
+    mine = pairs[run.ranks.rank::run.ranks.world]               # as optimiser_step shares them out
+    begin_pictures(student, [by_id[pair.item_id] for pair in mine])     # if features are gone
     return optimiser_step(run, student, optimiser, pairs, row_tokens, loss, METRICS, step, planned)
 
 

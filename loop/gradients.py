@@ -6,7 +6,8 @@
             loss(part).backward()
     # parameter.grad is the sum over all parts of all ranks
 
-Gradients are summed in fp32, the dtype of trained weights, though a pass may compute them in bf16.
+Gradients are summed in fp32, the dtype of trained weights, though a pass may compute them in bf16. StepGradients is
+entered first and so left last: a weight must be fp32 again when its fp32 gradient is put into `.grad`.
 
 A backward pass goes from the last layer to the first. In the last one of a step a gradient is complete as soon as it is
 computed, so its sum over ranks can begin while those of earlier layers are computed. Gradients travel in buckets: a
@@ -65,7 +66,7 @@ class StepGradients:
             self.sent.append(SentBucket(bucket, [self.sum_of(parameter) for parameter in bucket], self.ranks))
 
     def sum_of(self, parameter: nn.Parameter) -> Tensor:
-        """The sum over micro-batches: zeros where nothing depended on the parameter, so that no rank waits in vain."""
+        """A parameter's sum, taken out of `sums`: zeros where nothing depended on it, so that no rank waits in vain."""
         found = self.sums.pop(parameter, None)
         return torch.zeros_like(parameter, dtype=torch.float32) if found is None else found
 

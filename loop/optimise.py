@@ -198,6 +198,7 @@ def optimiser_step(run: Run, vlm: VLM, optimiser: torch.optim.Optimizer, batch: 
 
     mine = batch[ranks.rank::ranks.world]
     parts = micro_batches(mine, tokens, cfg.micro_tokens)
+    # With --shard all ranks need as many passes: a rank that has fewer repeats a spare example with weight 0.
     weighted = [(part, 1.0) for part in parts]
     if sharded:
         weighted = ranks.as_many(parts, spare=list(batch[:1]))

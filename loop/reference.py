@@ -34,7 +34,8 @@ def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair], by_id: d
             tokens = row_length(student.processor, *row_parts(pair, by_id))
             sized.append(replace(pair, row_tokens=tokens))
 
-    # Passes as in a step: over as many pairs as a batch has, cut by their tokens. A pair keeps its number in `pairs`.
+    # As many pairs at a time as a batch has, cut by tokens as a step cuts its batch. That may change their order, so
+    # each goes with its number in `pairs`.
     numbered = list(enumerate(sized))
     passes: list[list[tuple[int, Pair]]] = []
     for start in range(0, len(numbered), cfg.batch_size):
@@ -45,8 +46,8 @@ def with_reference_logps(run: Run, student: VLM, pairs: Sequence[Pair], by_id: d
         done = []
         for part in some:
             numbers = [number for number, _ in part]
-            complete_pairs = add_logps(reference, [pair for _, pair in part], by_id)
-            done += zip(numbers, complete_pairs, strict=True)
+            completed = add_logps(reference, [pair for _, pair in part], by_id)
+            done += zip(numbers, completed, strict=True)
         return done
 
     def prepare(some: Sequence[list[tuple[int, Pair]]]) -> None:

@@ -224,7 +224,7 @@ class PackedTree:
         packed = []
         for x, places in ((q, self.queries), (k, self.keys), (v, self.keys)):
             x = x.transpose(1, 2).flatten(0, 1)                                 # (B T, heads, hd)
-            # Its backward pass adds up a prefix's gradients, in any order; that of x[places] would sort the places.
+            # index_select, whose backward pass adds up a prefix's gradients in any order; that of x[places] would sort.
             x = x.index_select(0, places)
             packed.append(F.pad(x, (0, missing)) if missing else x)
 

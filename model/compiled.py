@@ -1,8 +1,8 @@
 """torch.compile, which makes one kernel of small operations that follow each other: for a GPU, and with --no-eager.
 
 A GPU is done with a norm, a rotation or a sum long before the next kernel is there, so the layers of a decoder are
-compiled: once for a pass in training, once for a decode step. It has not run on a GPU yet, so models are eager at first
-(VLM.eager).
+compiled, one variant for each way in which they are called (VARIANTS). It has not run on a GPU yet, so models are eager
+at first (VLM.eager).
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIANTS = 32
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """The function, compiled when it is first called: for all sizes at once, but those of 1 apart."""
+    """The function, compiled when it is first called. One variant serves all sizes but 1, which gets its own."""
     torch._dynamo.config.recompile_limit = VARIANTS
     shapes.use_duck_shape = False                       # sizes that are equal in the first call may differ in the next
     return torch.compile(function, dynamic=True)
