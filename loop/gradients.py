@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from loop.ranks import Ranks
 from loop.shard import is_sharded
+from model.chunks import chunks
 
 BUCKET_BYTES = 100_000_000
 
@@ -105,15 +106,4 @@ class SentBucket:
 
 def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """The parameters in order, as many together as have BUCKET_BYTES of gradients, but at least one."""
-    bucket: list[nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        needed = torch.float32.itemsize * parameter.numel()
-        if bucket and size + needed > BUCKET_BYTES:
-            yield bucket
-            bucket = []
-            size = 0
-        bucket.append(parameter)
-        size += needed
-    if bucket:
-        yield bucket
+    return chunks(parameters, lambda parameter: torch.float32.itemsize * parameter.numel(), BUCKET_BYTES)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .attention import LayerCache
 from .batch import Batch
+from .chunks import chunks
 from .images import Picture
 from .kept import Kept
 from .layers import Grid, Linear, linear
@@ -165,18 +166,7 @@ class VLM(nn.Module):
 
     def chunks(self, pictures: list[Picture]) -> Iterator[list[Picture]]:
         """The pictures in order, as many at a time as have PATCHES_AT_ONCE together, but at least one."""
-        chunk: list[Picture] = []
-        chunk_patches = 0
-        for picture in pictures:
-            patches = self.patches(picture)
-            if chunk and chunk_patches + patches > PATCHES_AT_ONCE:
-                yield chunk
-                chunk = []
-                chunk_patches = 0
-            chunk.append(picture)
-            chunk_patches += patches
-        if chunk:
-            yield chunk
+        return chunks(pictures, self.patches, PATCHES_AT_ONCE)
 
     def check_placeholders(self, batch: Batch, sizes: list[int]) -> None:
         """ValueError that names the chat whose placeholders and pictures do not match.
